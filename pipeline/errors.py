@@ -1,0 +1,12 @@
+"""The two ways in which a run ends badly. Everything else that is raised is a defect of ours."""
+
+
+class InputError(Exception):
+    """The input is wrong: configuration, data, network, or the place to write to. Exit status 2, nothing is written.
+
+    The message is for a person: it names the setting, its value, the limit, and the way out.
+    """
+
+
+class RunError(Exception):
+    """The run failed on the way. Exit status 1; what is committed stays, and the message says how to go on."""
