@@ -1,0 +1,121 @@
+"""A network as a function of one flat parameter vector, in one fixed order."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from pipeline.bayes.trees import Tree
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where each named parameter lies in the flat vector: in the order of `nn.Module.named_parameters`."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def dim(self) -> int:
+        """Length D of the flat vector."""
+        return sum(self.sizes)
+
+    def split(self, theta: Tensor) -> dict[str, Tensor]:
+        """Named views of flat vectors: (..., D) -> {name: (..., *shape)}."""
+        parts = theta.split(self.sizes, dim=-1)
+        lead = theta.shape[:-1]
+        triples = zip(self.names, self.shapes, parts, strict=True)
+        return {name: part.reshape(lead + shape) for name, shape, part in triples}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Inverse of `split` for one vector: {name: shape} -> (D,)."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Names and shapes in order, as plain JSON types."""
+        return [{"name": n, "shape": list(s)} for n, s in zip(self.names, self.shapes, strict=True)]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> ParameterLayout:
+        """Inverse of `to_json`."""
+        return cls(tuple(d["name"] for d in data), tuple(tuple(d["shape"]) for d in data))
+
+
+class Network:
+    """A module as a pure function of one flat vector of its selected parameters.
+
+    Parameters that the regular expression does not select, and all buffers, are held fixed. The module is put in eval
+    mode: BatchNorm uses its stored statistics and dropout is off. A tied parameter appears once, under its first name.
+
+    Args:
+        module: Any torch module that returns one tensor of shape (rows, outputs).
+        parameters: Regular expression; a parameter is walked if its whole name matches.
+        dtype: Floating-point type of parameters, buffers and inputs.
+        device: Where it is computed.
+
+    Raises:
+        InputError: The expression matches no parameter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: str = ".*",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.dtype, self.device = dtype, torch.device(device)
+        named = dict(module.named_parameters())
+        pattern = re.compile(parameters)
+        chosen = {name: p for name, p in named.items() if pattern.fullmatch(name)}
+        if not chosen:
+            some = ", ".join(list(named)[:5])
+            raise InputError(f"model.parameters '{parameters}' matches no parameter of the network. It has: {some} ...")
+        self.layout = ParameterLayout(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()))
+        self._fixed = {name: p.detach() for name, p in named.items() if name not in chosen}
+        self._fixed.update(module.named_buffers())
+
+    @property
+    def dim(self) -> int:
+        """Number of walked parameters D."""
+        return self.layout.dim
+
+    def theta(self) -> Tensor:
+        """The module's present values as one vector, (D,)."""
+        named = dict(self.module.named_parameters())
+        return self.layout.join({name: named[name].detach() for name in self.layout.names})
+
+    def outputs(self, theta: Tensor, x: Tree) -> Tensor:
+        """Network outputs at one parameter vector: (D,) -> (rows, outputs). Differentiable in theta."""
+        return self.call(self.layout.split(theta), x)
+
+    def call(self, parameters: Mapping[str, Tensor], x: Tree) -> Tensor:
+        """Network outputs for named parameters. A mapping is passed by name, a tuple by position."""
+        args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple) else ((x,), {})
+        return functional_call(self.module, (dict(parameters), self._fixed), args, kwargs)
+
+    def outputs_many(self, theta: Tensor, x: Tree, chunk: int | None = None) -> Tensor:
+        """Network outputs at many parameter vectors: (W, D) -> (W, rows, outputs); `chunk` of them at once."""
+        return vmap(lambda t: self.outputs(t, x), chunk_size=chunk, randomness="error")(theta)
+
+    def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
+        """Complete state for `load_state_dict`, with theta (D,) in place of the selected parameters."""
+        walked = self.layout.split(theta.detach())
+        shared = {id(p): walked[n] for n, p in self.module.named_parameters() if n in walked}
+        state = self.module.state_dict(keep_vars=True)
+        return {name: shared.get(id(value), value).detach().contiguous() for name, value in state.items()}

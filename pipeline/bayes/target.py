@@ -1,0 +1,122 @@
+r"""The potential: the unnormalised negative log posterior over one flat parameter vector.
+
+$$U(\theta) = -\sum_n \log p(y_n \mid x_n, \theta) + \tfrac12 \sum_i \alpha_i \theta_i^2$$
+
+summed over the rows, in nats; lower is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from re import compile as compile_pattern
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
+
+from pipeline.bayes.likelihood import Likelihood
+from pipeline.bayes.params import Network, ParameterLayout
+from pipeline.bayes.trees import Tree, row_count, slice_rows, take_rows
+from pipeline.errors import InputError
+
+NllGradient = Callable[..., tuple[Tensor, Tensor]]
+"""theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the summed NLL (W,); rows are indices of data rows."""
+
+
+def prior_precision(layout: ParameterLayout, precision: float | Mapping[str, float], dtype: torch.dtype) -> Tensor:
+    """Prior precision of each parameter, (D,): one number, or the first regular expression that matches a whole name.
+
+    Raises:
+        InputError: A parameter matches no expression.
+    """
+    if not isinstance(precision, Mapping):
+        return torch.full((layout.dim,), float(precision), dtype=dtype)
+    parts: list[Tensor] = []
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        value = next((v for pattern, v in precision.items() if compile_pattern(pattern).fullmatch(name)), None)
+        if value is None:
+            raise InputError(f"prior.precision has no expression that matches '{name}'. Add one, or '.*' as the last.")
+        parts.append(torch.full((size,), float(value), dtype=dtype))
+    return torch.cat(parts)
+
+
+class Potential:
+    """U, its gradient and curvature products for given rows.
+
+    Args:
+        network: The network as a function of theta.
+        likelihood: Likelihood of a row.
+        precision: Prior precision of each parameter, (D,).
+        x: Inputs, rows on the first axis.
+        y: Targets, (rows,).
+        nll_gradient: A fast form from `pipeline.bayes.kernels`; None takes the reference of vmap and grad.
+        row_batch: Rows in one forward pass of curvature products; bounds memory.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        likelihood: Likelihood,
+        precision: Tensor,
+        x: Tree,
+        y: Tensor,
+        nll_gradient: NllGradient | None = None,
+        row_batch: int = 4096,
+    ):
+        self.network, self.likelihood, self.precision = network, likelihood, precision
+        self.x, self.y, self.row_batch = x, y, row_batch
+        self.nll_gradient: NllGradient = nll_gradient or self._reference_gradient
+
+    @property
+    def rows(self) -> int:
+        """Number of data rows."""
+        return row_count(self.x)
+
+    def prior(self, theta: Tensor) -> Tensor:
+        """Prior part of U, (W, D) -> (W,), in nats, without its constant."""
+        return 0.5 * (theta.square() @ self.precision)
+
+    def nll(self, theta: Tensor) -> Tensor:
+        """Summed negative log likelihood, (W, D) -> (W,), in nats."""
+        return torch.stack([sum((self._nll(t, x, y) for x, y in self._batches()), torch.zeros(())) for t in theta])
+
+    def value(self, theta: Tensor) -> Tensor:
+        """U, (W, D) -> (W,), in nats."""
+        return self.nll(theta) + self.prior(theta)
+
+    def gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of U and the summed NLL: (W, D) -> (W, D), (W,)."""
+        gradient, nll = self.nll_gradient(theta)
+        return torch.addcmul(gradient, self.precision, theta), nll
+
+    def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
+        """Hessian of U times vectors: (D,), (k, D) -> (k, D)."""
+        total = vectors * self.precision
+        for x, y in self._batches():
+            slope = grad(lambda t, x=x, y=y: self._nll(t, x, y))
+            total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=8)(vectors)
+        return total
+
+    def gauss_newton(self, theta: Tensor, vectors: Tensor) -> Tensor:
+        """Gauss-Newton matrix of U times vectors: (J' Lambda J + diag alpha) v; (D,), (k, D) -> (k, D)."""
+        total = vectors * self.precision
+        for x, _ in self._batches():
+            outputs, pull = vjp(lambda t, x=x: self.network.outputs(t, x), theta)
+
+            def product(v: Tensor, x: Tree = x, outputs: Tensor = outputs, pull: Callable = pull) -> Tensor:
+                tangent = jvp(lambda t: self.network.outputs(t, x), (theta,), (v,))[1]
+                return pull(self.likelihood.curvature_product(outputs, tangent))[0]
+
+            total += vmap(product, chunk_size=8)(vectors)
+        return total
+
+    def _nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
+        return self.likelihood.nll(self.network.outputs(theta, x), y).sum()
+
+    def _batches(self) -> list[tuple[Tree, Tensor]]:
+        bounds = range(0, self.rows, self.row_batch)
+        return [(slice_rows(self.x, b, b + self.row_batch), self.y[b : b + self.row_batch]) for b in bounds]
+
+    def _reference_gradient(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, y = (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
+        return vmap(grad_and_value(lambda t: self._nll(t, x, y)), chunk_size=32)(theta)
