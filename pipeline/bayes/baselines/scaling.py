@@ -1,0 +1,72 @@
+"""One number fitted on validation rows: the temperature of class probabilities, or the width of a regression mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from pipeline.bayes.metrics import class_nll, entropy
+from pipeline.bayes.mixture import component_nll
+from pipeline.bayes.predictive import Averaged
+
+_LIMIT = float(np.log(1e4))
+
+
+def _scaled_nll(log_scale: torch.Tensor, averaged: Averaged, y: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of the scaled average, differentiable in the logarithm of the scale."""
+    if averaged.probabilities is not None:
+        logits = torch.as_tensor(averaged.probabilities).clamp_min(1e-300).log()
+        return torch.nn.functional.cross_entropy(logits * torch.exp(-log_scale), y)
+    assert averaged.mean is not None and averaged.variance is not None
+    mean, variance = torch.as_tensor(averaged.mean), torch.as_tensor(averaged.variance)
+    centre = mean.mean(0)
+    pulled = centre + (y - centre) * torch.exp(-log_scale)
+    log_density = -0.5 * ((pulled - mean) ** 2 / variance + variance.log() + float(np.log(2 * np.pi)))
+    return (log_scale - (torch.logsumexp(log_density, 0) - float(np.log(len(mean))))).mean()
+
+
+def fit_scale(averaged: Averaged, y: np.ndarray) -> float:
+    """Scale that minimises the mean NLL on the given (validation) rows, by L-BFGS on its logarithm.
+
+    A temperature for probabilities (Guo et al. 2017); for a mixture of Gaussians the factor by which the whole predictive
+    distribution is stretched about its mean. Held to [1e-4, 1e4].
+    """
+    target = torch.as_tensor(y)
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([log_scale], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = _scaled_nll(log_scale.clamp(-_LIMIT, _LIMIT), averaged, target)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    found = float(log_scale.detach().clamp(-_LIMIT, _LIMIT))
+    return float(np.exp(found)) if np.isfinite(found) else 1.0
+
+
+def rescale(averaged: Averaged, scale: float, y: np.ndarray | None = None) -> Averaged:
+    """The average with its probabilities tempered, p^(1/T) normalised, or its mixture stretched about its mean."""
+    if averaged.probabilities is not None:
+        logits = np.log(np.maximum(averaged.probabilities, 1e-300)) / scale
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        nll = None if y is None else class_nll(p, y)
+        total, before = entropy(p), np.maximum(averaged.total, 1e-300)
+        share = averaged.epistemic / before
+        return Averaged(averaged.draws, total * (1 - share), total * share, probabilities=p, nll_draws=nll)
+    assert averaged.mean is not None and averaged.variance is not None
+    centre = averaged.mean.mean(axis=0)
+    mean, variance = centre + (averaged.mean - centre) * scale, averaged.variance * scale**2
+    nll = None if y is None else component_nll(mean, variance, y).mean(axis=0)
+    return dataclasses.replace(
+        averaged,
+        aleatoric=averaged.aleatoric * scale**2,
+        epistemic=averaged.epistemic * scale**2,
+        mean=mean,
+        variance=variance,
+        nll_draws=nll,
+    )

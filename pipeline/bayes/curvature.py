@@ -1,0 +1,184 @@
+r"""Curvature of the potential at the MAP estimate: leading eigenpairs, their certificate, and the effective dimension.
+
+Two ways to the same numbers: the whole matrix where it is small enough, else Lanczos on matrix-free products (ARPACK,
+Lehoucq et al. 1998) and stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017). No random number comes from outside
+the generator that is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+from pipeline.bayes.target import Potential
+from pipeline.bayes.trees import take_rows
+
+DENSE_WORK = 5e9
+"""The whole matrix is formed when D^2 * rows is below this: a few seconds of one core."""
+DENSE_DIM = 3000
+"""And when D is below this: its eigenvalues take a few seconds more."""
+BASIS_BYTES = 2 << 30
+"""Largest Krylov basis that is held; the number of eigenpairs falls to fit it."""
+
+Product = Callable[[Tensor], Tensor]
+"""(k, D) -> (k, D), a symmetric matrix times rows."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Spectrum of the Hessian of U at theta*, as far as the walk needs it."""
+
+    lambda_max: float
+    """Largest eigenvalue, nats per squared unit."""
+    values: Tensor
+    """Leading eigenvalues, (k,), falling."""
+    vectors: Tensor
+    """Their orthonormal eigenvectors, (k, D)."""
+    deflated_max: float
+    """Largest eigenvalue of (I - QQ')H(I - QQ'), found by its own iteration: the certificate of the deflation."""
+    residual: float
+    """Largest |H q - lambda q| / lambda_max over the pairs."""
+    gamma: float
+    """Effective number of parameters, tr[H_data (H_data + alpha)^-1], with the Gauss-Newton matrix."""
+
+
+def measure(potential: Potential, theta: Tensor, rank: int, rng: np.random.Generator, max_rows: int = 10_000) -> Curvature:
+    """Measure the curvature of U at theta, in float64 where the network is.
+
+    Args:
+        potential: The target; of more than `max_rows` rows a random subset stands for all.
+        theta: Where, (D,).
+        rank: Eigenpairs wanted; fewer where D or memory does not allow them.
+        rng: Start vectors and the subset.
+        max_rows: Rows that enter the products.
+    """
+    potential, scale = _subset(potential, max_rows, rng)
+    precision = potential.precision
+
+    def hessian(vectors: Tensor) -> Tensor:
+        return (potential.hvp(theta, vectors) - vectors * precision) * scale + vectors * precision
+
+    def data_part(vectors: Tensor) -> Tensor:
+        return (potential.gauss_newton(theta, vectors) - vectors * precision) * scale
+
+    dim = theta.numel()
+    if dim <= DENSE_DIM and dim * dim * potential.rows <= DENSE_WORK:
+        values, vectors = torch.linalg.eigh(_dense(hessian, theta))
+        values, vectors = values.flip(0), vectors.flip(1).T
+        k = min(rank, dim - 1)
+        deflated = float(values[k]) if k else float(values[0])
+        gamma = _dense_gamma(_dense(data_part, theta), precision)
+        return Curvature(float(values[0]), values[:k].clone(), vectors[:k].clone(), deflated, 0.0, gamma)
+    pairs = min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
+    values, vectors, residual = _leading(hessian, theta, pairs, rng)
+    lambda_max = float(values[0]) if pairs else power_iteration(hessian, theta, rng)
+    deflated = power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if pairs else lambda_max
+    gamma = _stochastic_gamma(data_part, precision, theta, rng, probes=1 if dim > 1_000_000 else 6)
+    return Curvature(lambda_max, values, vectors, deflated, residual, gamma)
+
+
+def power_iteration(product: Product, like: Tensor, rng: np.random.Generator, steps: int = 60, tolerance: float = 1e-3) -> float:
+    """Largest eigenvalue in size of a symmetric product, by power iteration from a random start.
+
+    The Rayleigh quotient approaches it from below, so a margin of twice the last change is added.
+    """
+    steps = steps if like.numel() <= 1_000_000 else 12
+    vector = torch.as_tensor(rng.standard_normal(like.numel()), dtype=like.dtype, device=like.device)[None]
+    value, change = 0.0, 0.0
+    for _ in range(steps):
+        vector = vector / vector.norm()
+        image = product(vector)
+        before, value = value, float((vector * image).sum())
+        change = abs(value - before)
+        if change <= tolerance * abs(value):
+            break
+        vector = image
+    return abs(value) + 2 * change
+
+
+def _subset(potential: Potential, max_rows: int, rng: np.random.Generator) -> tuple[Potential, float]:
+    if potential.rows <= max_rows:
+        return potential, 1.0
+    index = torch.as_tensor(np.sort(rng.choice(potential.rows, max_rows, replace=False)))
+    x, y = take_rows(potential.x, index), potential.y[index]
+    smaller = Potential(potential.network, potential.likelihood, potential.precision, x, y, row_batch=potential.row_batch)
+    return smaller, potential.rows / max_rows
+
+
+def _dense(product: Product, theta: Tensor) -> Tensor:
+    """The whole matrix, symmetrised."""
+    matrix = product(torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device))
+    return (matrix + matrix.T) / 2
+
+
+def _dense_gamma(data: Tensor, precision: Tensor) -> float:
+    root = precision.rsqrt()
+    values = torch.linalg.eigvalsh(root[:, None] * data * root[None, :]).clamp_min(0)
+    return float((values / (1 + values)).sum())
+
+
+def _leading(product: Product, theta: Tensor, pairs: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+    """Leading eigenpairs by Lanczos; what has not converged is left out, since the certificate covers the rest."""
+    dim = theta.numel()
+    if pairs < 1:
+        return theta.new_zeros(0), theta.new_zeros(0, dim), 0.0
+
+    def matvec(vector: np.ndarray) -> np.ndarray:
+        rows = torch.as_tensor(vector.reshape(1, -1), dtype=theta.dtype, device=theta.device)
+        return product(rows)[0].double().cpu().numpy()
+
+    operator = LinearOperator((dim, dim), matvec=matvec, dtype=np.float64)
+    start = rng.standard_normal(dim)
+    try:
+        basis = min(dim, 2 * pairs + 20)
+        values, vectors = eigsh(operator, k=pairs, which="LA", v0=start, ncv=basis, tol=1e-3, maxiter=12)
+    except ArpackNoConvergence as partial:
+        values, vectors = partial.eigenvalues, partial.eigenvectors
+    keep = np.argsort(values)[::-1]
+    keep = keep[values[keep] > 0]
+    found = torch.as_tensor(values[keep].copy(), dtype=theta.dtype, device=theta.device)
+    rows = torch.as_tensor(np.ascontiguousarray(vectors[:, keep].T), dtype=theta.dtype, device=theta.device)
+    if not len(found):
+        return found, rows, 0.0
+    residual = (product(rows) - found[:, None] * rows).norm(dim=1).max() / found[0]
+    return found, rows, float(residual)
+
+
+def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Project rows onto the complement of an orthonormal basis (k, D)."""
+    return vectors - (vectors @ basis.T) @ basis
+
+
+def _stochastic_gamma(data: Product, precision: Tensor, like: Tensor, rng: np.random.Generator, probes: int) -> float:
+    """tr[A (1 + A)^-1], A = alpha^-1/2 H_data alpha^-1/2, by Lanczos quadrature with random signs."""
+    root, dim, total = precision.rsqrt(), like.numel(), 0.0
+    steps = 30 if dim <= 1_000_000 else 8
+    for _ in range(probes):
+        signs = torch.as_tensor(rng.integers(0, 2, dim) * 2.0 - 1.0, dtype=like.dtype, device=like.device)
+        total += _lanczos_quadrature(lambda v: root * data((root * v)[None])[0], signs / dim**0.5, steps)
+    return dim * total / probes
+
+
+def _lanczos_quadrature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> float:
+    """v' f(A) v for a unit v and f(a) = a / (1 + a), with full reorthogonalisation."""
+    basis, diagonal, off = [start], [], []
+    for _ in range(steps):
+        image = product(basis[-1])
+        diagonal.append(float(image @ basis[-1]))
+        for vector in basis:
+            image = image - (image @ vector) * vector
+        norm = float(image.norm())
+        if norm < 1e-8 * max(1.0, abs(diagonal[0])):
+            break
+        off.append(norm)
+        basis.append(image / norm)
+    size = len(diagonal)
+    matrix = np.diag(diagonal) + np.diag(off[: size - 1], 1) + np.diag(off[: size - 1], -1)
+    values, vectors = np.linalg.eigh(matrix)
+    values = values.clip(min=0)
+    return float((vectors[0] ** 2 * values / (1 + values)).sum())
