@@ -63,7 +63,7 @@ class Network:
 
     Args:
         module: Any torch module that returns one tensor of shape (rows, outputs).
-        parameters: Regular expression; a parameter is walked if its whole name matches.
+        parameters: Regular expression; a parameter is walked if it is found anywhere in its name.
         dtype: Floating-point type of parameters, buffers and inputs.
         device: Where it is computed.
 
@@ -82,7 +82,7 @@ class Network:
         self.dtype, self.device = dtype, torch.device(device)
         named = dict(module.named_parameters())
         pattern = re.compile(parameters)
-        chosen = {name: p for name, p in named.items() if pattern.fullmatch(name)}
+        chosen = {name: p for name, p in named.items() if pattern.search(name)}
         if not chosen:
             some = ", ".join(list(named)[:5])
             raise InputError(f"model.parameters '{parameters}' matches no parameter of the network. It has: {some} ...")

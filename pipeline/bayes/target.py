@@ -8,7 +8,7 @@ summed over the rows, in nats; lower is better.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from re import compile as compile_pattern
+from re import search
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ NllGradient = Callable[..., tuple[Tensor, Tensor]]
 
 
 def prior_precision(layout: ParameterLayout, precision: float | Mapping[str, float], dtype: torch.dtype) -> Tensor:
-    """Prior precision of each parameter, (D,): one number, or the first regular expression that matches a whole name.
+    """Prior precision of each parameter, (D,): one number, or the first regular expression found in its name.
 
     Raises:
         InputError: A parameter matches no expression.
@@ -33,7 +33,7 @@ def prior_precision(layout: ParameterLayout, precision: float | Mapping[str, flo
         return torch.full((layout.dim,), float(precision), dtype=dtype)
     parts: list[Tensor] = []
     for name, size in zip(layout.names, layout.sizes, strict=True):
-        value = next((v for pattern, v in precision.items() if compile_pattern(pattern).fullmatch(name)), None)
+        value = next((v for pattern, v in precision.items() if search(pattern, name)), None)
         if value is None:
             raise InputError(f"prior.precision has no expression that matches '{name}'. Add one, or '.*' as the last.")
         parts.append(torch.full((size,), float(value), dtype=dtype))
