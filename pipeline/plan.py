@@ -64,10 +64,12 @@ class WalkPlan:
     rank: int
     """Curvature directions with a step size of their own; 0 unless the correction is deflated."""
     step_size: float
-    """Curvature-scaled step: the fraction c of `eta = c / lambda_max`, or `eta` itself when `step_size_given`."""
+    """Share c of the inverse curvature, `eta = c / lambda`; eta itself for plain steps when `step_size_given`."""
     step_size_given: bool
     momentum: float
     guard: bool
+    guard_limit: float
+    """Rise of the summed NLL above which the guard acts, in units of the effective number of parameters."""
     tilt: str
     drift: str
     batch_size: int

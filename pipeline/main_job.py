@@ -1,0 +1,73 @@
+"""The order of the stages, and the one place where they meet the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.executor import Executor, SerialExecutor
+from pipeline.progress import Progress
+from pipeline.run import Run
+from pipeline.store import SampleStore
+
+STAGE_OBJECTS = ("plan.json", "radius.json", "evaluation.json", "report.html")
+
+
+def finished(run: Run) -> bool:
+    """Whether every planned row is committed and every stage is done and made from the present blocks."""
+    if not all(run.storage.exists(name) for name in STAGE_OBJECTS):
+        return False
+    kind = run.config.deformation.kind
+    if kind != "none" and not run.storage.exists("deformation/deformation.json"):
+        return False
+    store = SampleStore.open(run.uri)
+    committed = store.committed_all()
+    return all(len(committed.get(s.index, ())) >= store.plan.blocks_per_shard for s in store.plan.shards())
+
+
+def execute(run: Run, progress: Progress, *, serial: bool = False) -> None:
+    """Do every stage that is not done.
+
+    Raises:
+        RunError: A stage failed; what is committed stays.
+    """
+    from pipeline.stages.deform import deform
+    from pipeline.stages.estimate import estimate
+    from pipeline.stages.evaluate import evaluate
+    from pipeline.stages.report import report
+    from pipeline.stages.sample import sample
+    from pipeline.stages.select import select
+
+    with _workers(run, serial) as (executor, trainer):
+        estimate(run, executor, progress)
+        sample(run, executor, progress)
+        select(run, progress)
+        deform(run, trainer, progress)
+        evaluate(run, progress)
+    progress.note(f"Report: {report(run)}")
+
+
+def show_result(run: Run, console: Console) -> None:
+    """Print the evaluation table and the place of the report."""
+    from pipeline.stages.evaluate import evaluation_table
+
+    console.print(evaluation_table(run.storage.read_json("evaluation.json")))
+    console.print(f"{run.uri}/report.html")
+
+
+@contextmanager
+def _workers(run: Run, serial: bool) -> Iterator[tuple[Executor, Any]]:
+    if serial:
+        from pipeline.stages.deform import train_in_process
+
+        yield SerialExecutor(), train_in_process
+        return
+    from workers.cluster import connected
+    from workers.trainer import train
+    from workers.walker import RayExecutor
+
+    with connected(run.config):
+        yield RayExecutor(run.config), train

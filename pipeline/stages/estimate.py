@@ -1,0 +1,249 @@
+"""The MAP estimate of every start: find it, certify it, and measure the curvature there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.bayes.curvature import Curvature, measure
+from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
+from pipeline.bayes.params import Network
+from pipeline.bayes.target import Potential
+from pipeline.bayes.trees import to_tensors
+from pipeline.build import WIDE, build_network, build_potential, curvature_bytes, start_folder, targets
+from pipeline.config import likelihood_kind
+from pipeline.errors import InputError, RunError
+from pipeline.executor import Executor
+from pipeline.plan import stream
+from pipeline.progress import Progress
+from pipeline.run import Run
+
+NOISE_ROUNDS = 8
+"""Most rounds of re-estimating noise or prior; each starts at the last minimum."""
+PRECISIONS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Prior precisions that `auto` tries where validation rows decide."""
+QUASI_NEWTON_STEPS = 1500
+BATCH_ABOVE = 1500
+"""With `map.batch_size: full`, first-order steps still take minibatches of `BATCH` above this many rows."""
+BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the first start decides for all: one posterior has one noise and one prior."""
+
+    start: int
+    noise_std: float | None = None
+    precision: Any = None
+    how: str = "as configured"
+
+
+def estimate(run: Run, executor: Executor, progress: Progress) -> None:
+    """Make every MAP estimate that is missing; start 0 first, since it decides noise and prior.
+
+    Raises:
+        RunError: A start did not reach a minimum.
+    """
+    missing = [k for k in range(run.config.map.starts) if not run.storage.exists(f"{start_folder(k)}/map.json")]
+    if not missing:
+        return
+    with progress.bar("MAP estimate", run.config.map.starts, run.config.map.starts - len(missing)) as bar:
+        if missing[0] == 0:
+            _run_starts(run, executor, progress, bar, [Settings(0)])
+            missing = missing[1:]
+        first = run.storage.read_json(f"{start_folder(0)}/map.json")
+        rest = [Settings(k, first["noise_std"], first["prior_precision"], first["prior_how"]) for k in missing]
+        _run_starts(run, executor, progress, bar, rest)
+
+
+def _run_starts(run: Run, executor: Executor, progress: Progress, bar: Any, items: list[Settings]) -> None:
+    for item, info in executor.stream(estimate_start, run, items):
+        bar.advance(1)
+        noise = f", noise {info['noise_std']:.3g}" if info["noise_std"] else ""
+        progress.note(
+            f"MAP {item.start}: U = {info['potential']:.2f} nats, gradient {info['grad_norm']:.1e}, "
+            f"largest curvature {info['lambda_max']:.3g}, gamma {info['gamma']:.1f} of {info['dim']} parameters{noise}"
+        )
+
+
+def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Find, certify and store one start; yields its `map.json`.
+
+    Raises:
+        RunError: The point is not a minimum.
+    """
+    dtype = torch.float64
+    network = build_network(run.config, run.dataset.schema, settings.start, dtype, run.dataset.train.x)
+    if network.dim > WIDE:
+        network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
+    potential, minimum, noise, precision, how = _fit(run, network, settings)
+    rng = stream(run.config.seed, "curvature", settings.start)
+    rank = run.config.walk.rank if run.config.walk.correction not in ("plain", "momentum") else 0
+    curvature = measure(potential, minimum.theta, rank, rng)
+    _refuse_slope(run, settings.start, minimum, curvature)
+    info = _describe(run, settings.start, network, minimum, curvature, noise, precision, how)
+    folder = start_folder(settings.start)
+    run.storage.create(f"{folder}/theta.safetensors", save(_untied(network.state_dict(minimum.theta))))
+    run.storage.create(f"{folder}/curvature.safetensors", curvature_bytes(curvature, getattr(torch, run.config.walk.dtype)))
+    run.storage.create_json(f"{folder}/map.json", info)
+    yield info
+
+
+def check_weights(run: Run) -> None:
+    """Refuse the user's own weights if they are not at a minimum, before anything is written.
+
+    Raises:
+        InputError: How far off they are, and the settings that help.
+    """
+    if run.config.model.weights is None or run.config.map.polish:
+        return
+    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
+    if network.dim > WIDE:
+        network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
+    precision = run.config.prior.precision
+    if precision == "auto":
+        raise InputError("prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it.")
+    theta = network.theta()
+    noise = _noise_of(run, network, theta, 0.0) if likelihood_kind(run.config) == "gaussian" else None
+    minimum = certify(build_potential(run, network, noise, precision), theta, 0)
+    allowed = run.config.map.tolerance * max(1.0, min(network.dim, len(run.dataset.train.y)))
+    if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
+        raise InputError(
+            f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm {minimum.grad_norm:.3g} "
+            f"(map.tolerance {run.config.map.tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats "
+            f"(allowed {allowed:.3g}). Set map.polish: true to go on to the minimum, or state the prior.precision and "
+            "likelihood that they were trained with."
+        )
+
+
+def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
+    """Minimise U; where noise or prior are to be estimated, in rounds that start at the last minimum."""
+    config = run.config
+    gaussian = likelihood_kind(config) == "gaussian"
+    auto = config.prior.precision == "auto" and settings.precision is None
+    noise = settings.noise_std or config.likelihood.noise_std or (0.5 if gaussian else None)
+    precision = settings.precision or (1.0 if config.prior.precision == "auto" else config.prior.precision)
+    free_noise = gaussian and config.likelihood.noise_std is None and settings.noise_std is None
+    theta, how = network.theta(), settings.how if settings.precision else "as configured"
+    if config.model.weights is None:
+        theta = _first_steps(run, build_potential(run, network, noise, precision), theta, settings.start)
+    if auto and not gaussian and len(run.dataset.validation.y):
+        precision = _best_precision(run, network, noise, theta)
+        how = "best validation NLL of the MAP over a grid"
+        auto = False
+    for _ in range(NOISE_ROUNDS if auto or free_noise else 1):
+        potential = build_potential(run, network, noise, precision)
+        minimum = _descend(run, potential, theta, last=not (auto or free_noise))
+        theta = minimum.theta
+        if not (auto or free_noise):
+            break
+        gamma = measure(potential, theta, 0, stream(config.seed, "gamma", settings.start)).gamma
+        before = (noise, precision)
+        if free_noise:
+            noise = _noise_of(run, network, theta, gamma)
+        if auto:
+            precision, how = _evidence_precision(gamma, theta), "Laplace marginal likelihood, alpha = gamma / |theta|^2"
+        if all(_close(a, b) for a, b in zip(before, (noise, precision), strict=True)):
+            break
+    potential = build_potential(run, network, noise, precision)
+    return potential, _descend(run, potential, theta, last=True), noise, precision, how
+
+
+def _first_steps(run: Run, potential: Potential, theta: Tensor, start: int) -> Tensor:
+    settings, rows = run.config.map, potential.rows
+    batch = settings.batch_size if settings.batch_size != "full" else (BATCH if rows > BATCH_ABOVE else 0)
+    rng = stream(run.config.seed, "map", start)
+    return first_order(potential, theta, settings.steps, settings.learning_rate, batch, rng)
+
+
+def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minimum:
+    """Second-order steps where the network is small enough, then the certificate."""
+    may_move = run.config.model.weights is None or run.config.map.polish
+    if may_move and theta.numel() <= QUASI_NEWTON_DIM:
+        steps = QUASI_NEWTON_STEPS if last else QUASI_NEWTON_STEPS // 3
+        theta = quasi_newton(potential, theta, run.config.map.tolerance, steps)
+    return certify(potential, theta, 0)
+
+
+def _noise_of(run: Run, network: Network, theta: Tensor, gamma: float) -> float:
+    """sigma^2 = residual sum of squares / (N - gamma) (MacKay 1992); gamma at most nine tenths of N."""
+    if run.config.likelihood.noise_std is not None:
+        return run.config.likelihood.noise_std
+    unit = build_potential(run, network, 1.0, 1.0)
+    squares = 2 * float(unit.nll(theta[None])[0]) - unit.rows * math.log(2 * math.pi)
+    return math.sqrt(max(squares / (unit.rows - min(gamma, 0.9 * unit.rows)), 1e-8))
+
+
+def _evidence_precision(gamma: float, theta: Tensor) -> float:
+    """MacKay's fixed point of the Laplace marginal likelihood, within [1e-4, 1e4]."""
+    return min(max(gamma / float(theta.square().sum()), 1e-4), 1e4)
+
+
+def _best_precision(run: Run, network: Network, noise: float | None, theta: Tensor) -> float:
+    """The precision whose MAP, refitted from the last one, has the lowest validation NLL."""
+    x = to_tensors(run.dataset.validation.x, network.dtype, network.device)
+    y = targets(run.dataset.validation, network)
+    scores: dict[float, float] = {}
+    for precision in reversed(PRECISIONS):
+        potential = build_potential(run, network, noise, precision)
+        theta = _descend(run, potential, theta, last=False).theta
+        scores[precision] = float(potential.likelihood.nll(network.outputs(theta, x), y).mean())
+    return min(scores, key=lambda p: scores[p])
+
+
+def _close(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 0.01 * abs(b))
+
+
+def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) -> None:
+    tolerance = run.config.map.tolerance
+    allowed = tolerance * max(1.0, curvature.gamma)
+    if minimum.grad_norm <= tolerance or minimum.decrement <= allowed:
+        return
+    raise RunError(
+        f"MAP estimate {start} is not at a minimum: gradient norm {minimum.grad_norm:.3g} (map.tolerance {tolerance:g}), and U "
+        f"can still fall by about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Raise map.steps "
+        f"(now {run.config.map.steps}), change map.learning_rate (now {run.config.map.learning_rate:g}), or raise "
+        "map.tolerance if so much does not matter."
+    )
+
+
+def _describe(
+    run: Run,
+    start: int,
+    network: Network,
+    minimum: Minimum,
+    curvature: Curvature,
+    noise: float | None,
+    precision: Any,
+    how: str,
+) -> dict[str, Any]:
+    return {
+        "start": start,
+        "dim": network.dim,
+        "parameters": network.layout.to_json(),
+        "potential": minimum.potential,
+        "nll": minimum.nll,
+        "grad_norm": minimum.grad_norm,
+        "decrement": minimum.decrement,
+        "tolerance": run.config.map.tolerance,
+        "lambda_max": curvature.lambda_max,
+        "eigenvalues": curvature.values.tolist(),
+        "deflated_max": curvature.deflated_max,
+        "eigenpair_residual": curvature.residual,
+        "gamma": curvature.gamma,
+        "noise_std": noise,
+        "prior_precision": precision,
+        "prior_how": how,
+    }
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, since safetensors refuses tensors that share memory (tied parameters)."""
+    return {name: value.detach().cpu().clone() for name, value in state.items()}

@@ -1,0 +1,144 @@
+"""Choose the walk's length and steps by a few walks that nobody keeps: the automatic settings of a new data set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.bayes.likelihood import Prediction
+from pipeline.bayes.trees import to_tensors
+from pipeline.bayes.walk import advance, init, secure, set_anchor
+from pipeline.build import Problem, load_problem, targets
+from pipeline.plan import Shard, WalkPlan
+from pipeline.run import Run
+from pipeline.shard import build_kernel
+
+WALKS = 24
+"""Walks of a pilot."""
+RECORDS = 20
+"""Points of its curve."""
+FIRST_LENGTH = 2.0
+LONGEST = 512.0
+PAST = 0.6
+"""The pilot is long enough when the best radius lies below this share of its length."""
+MARGIN = 1.5
+"""Length of the walks over the best radius of the pilot, so that the choice made later lies inside."""
+MOST_STEPS = 800
+GAIN = 0.7
+"""`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a pilot found; small enough to travel."""
+
+    length: float
+    steps: int
+    best_radius: float
+    rule: str
+    curve: list[dict[str, float]]
+    gradient_evaluations: int
+
+
+def uses_validation(run: Run) -> bool:
+    """Whether validation NLL chooses: for classification with validation rows.
+
+    A small validation split of a regression is blind where it matters, and the rise of the fit does better.
+    """
+    return run.config.data.task == "classification" and len(run.dataset.validation.y) > 0
+
+
+def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
+    """Double the length until the curve is past its best, then settle the steps; yields one choice."""
+    problem = load_problem(run, 0, plan)
+    automatic_length = run.config.walk.length == "auto" and plan.tilt == "none"
+    length, spent = (FIRST_LENGTH if automatic_length else plan.length), 0
+    while True:
+        trial = dataclasses.replace(plan, length=length)
+        curve = _curve(run, trial, problem)
+        spent += WALKS * plan.steps
+        best = _best(run, problem, curve, trial)
+        if not automatic_length or best < PAST * length or length >= LONGEST:
+            break
+        length *= 2
+    chosen = min(MARGIN * best, length) if automatic_length else plan.length
+    steps = plan.steps
+    if run.config.walk.steps == "auto":
+        steps, cost = _settle_steps(run, dataclasses.replace(plan, length=chosen), problem, best)
+        spent += cost
+    rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
+    yield Choice(chosen, steps, best, rule, curve, spent)
+
+
+def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> tuple[int, int]:
+    """Double the steps while the points come clearly nearer to the fiber; returns steps and gradient evaluations."""
+    gamma, spent = problem.info["gamma"], WALKS * plan.steps
+    rise = _rise_at(_curve(run, plan, problem), radius)
+    while plan.steps < MOST_STEPS and rise > 0.1 * gamma:
+        longer = dataclasses.replace(plan, steps=2 * plan.steps)
+        better = _rise_at(_curve(run, longer, problem), radius)
+        spent += WALKS * longer.steps
+        if better > GAIN * rise:
+            break
+        plan, rise = longer, better
+    return plan.steps, spent
+
+
+def _rise_at(curve: list[dict[str, float]], radius: float) -> float:
+    return min(curve, key=lambda point: abs(point["radius"] - radius))["nll_rise"]
+
+
+def _best(run: Run, problem: Problem, curve: list[dict[str, float]], plan: WalkPlan) -> float:
+    """The best radius of a curve, or where the rise passes gamma / 2; the length itself if it never does."""
+    if uses_validation(run):
+        return min(curve, key=lambda point: point["validation_nll"])["radius"]
+    limit = problem.info["gamma"] / 2
+    before_radius, before_rise = 0.0, 0.0
+    for point in curve:
+        if point["nll_rise"] > limit:
+            share = (limit - before_rise) / max(point["nll_rise"] - before_rise, 1e-12)
+            return before_radius + share * (point["radius"] - before_radius)
+        before_radius, before_rise = point["radius"], point["nll_rise"]
+    return plan.length
+
+
+def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]:
+    """Walk without storing anything; one point of the curve for each of about `RECORDS` radii."""
+    shard = Shard(0, 0, 0, min(WALKS, plan.walks))
+    kernel = build_kernel(run, plan, problem, shard)
+    state = init(kernel)
+    every = max(plan.steps // RECORDS, 1)
+    x = to_tensors(run.dataset.validation.x, problem.network.dtype, problem.network.device)
+    y = targets(run.dataset.validation, problem.network)
+    curve: list[dict[str, float]] = []
+    for step in range(1, plan.steps + 1):
+        advance(kernel, state)
+        if step % every == 0:
+            secure(state)
+            set_anchor(state, state.nll)
+            sound = state.position[~state.diverged]
+            curve.append(
+                {
+                    "radius": float(state.drifts.double().mean()) * plan.length / plan.steps,
+                    "nll_rise": float(state.nll.mean()) - kernel.nll_star,
+                    "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else float("nan"),
+                }
+            )
+    return curve
+
+
+def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float:
+    """Mean NLL of the model average over walks."""
+    prediction: Prediction = problem.likelihood.predict(problem.network.outputs_many(theta, x, chunk=8))
+    if prediction.probabilities is not None:
+        mean = prediction.probabilities.mean(dim=0)
+        return float(-mean[torch.arange(len(y)), y.long()].clamp_min(1e-30).log().mean())
+    assert prediction.mean is not None and prediction.variance is not None
+    log_density = torch.distributions.Normal(prediction.mean, prediction.variance.sqrt()).log_prob(y)
+    return float(-(log_density.logsumexp(dim=0) - np.log(len(theta))).mean())

@@ -1,0 +1,141 @@
+"""Walks: settle the plan once, then carry every shard to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.bayes.kernels import choose_form, compile_pays
+from pipeline.bayes.target import prior_precision
+from pipeline.build import build_network, device_of, load_network, start_folder
+from pipeline.errors import InputError
+from pipeline.executor import Executor
+from pipeline.plan import Shard, WalkPlan
+from pipeline.progress import Progress
+from pipeline.run import Run
+from pipeline.shard import run_shard
+from pipeline.stages.pilot import run_pilot
+from pipeline.store import SampleStore
+
+FRACTIONS = {"plain": 0.3, "deflated": 0.5, "momentum": 0.15, "deflated-momentum": 0.15}
+"""Step over inverse curvature of each correction."""
+MOMENTUM = 0.95
+AUTO_STEPS = 200
+"""Where `steps: auto` begins."""
+BLOCK_BYTES = 64 << 20
+"""Size that blocks of wide networks aim at."""
+LEAST_BLOCKS = 4
+"""Blocks of a shard at least, so that a killed actor loses a quarter of a shard at most."""
+
+
+def sample(run: Run, executor: Executor, progress: Progress) -> None:
+    """Write every missing block of the planned walks.
+
+    Raises:
+        RunError: A shard failed again and again; the others are done.
+    """
+    plan = settle_plan(run, executor, progress)
+    store = SampleStore.open(run.uri)
+    committed = store.committed_all()
+    shards = [s for s in plan.shards() if len(committed.get(s.index, ())) < plan.blocks_per_shard]
+    if not shards:
+        return
+    done = sum(_block_steps(plan, s, b) for s in plan.shards() for b in committed.get(s.index, ()))
+    halved, diverged, began, steps = 0, 0, time.monotonic(), 0
+    with progress.bar("Walks", plan.walks * plan.steps, done) as bar:
+        for shard, report in executor.stream(run_shard, run, shards):
+            halved, diverged, steps = halved + report.halved, diverged + report.diverged, steps + report.walks * report.steps
+            rate = steps / max(time.monotonic() - began, 1e-9)
+            finished = (done + steps) / plan.steps
+            detail = f"{finished:.0f} of {plan.walks} walks, {rate:,.0f} steps/s, {halved} halved, {diverged} diverged"
+            bar.advance(report.walks * report.steps, detail)
+
+
+def _block_steps(plan: WalkPlan, shard: Shard, block: int) -> int:
+    return shard.walks * len(plan.records_in_block(block)) * plan.record_every
+
+
+def settle_plan(run: Run, executor: Executor, progress: Progress) -> WalkPlan:
+    """The stored plan, or a new one with every automatic setting chosen; the first to store it decides."""
+    if run.storage.exists("plan.json"):
+        return WalkPlan.from_json(run.storage.read_json("plan.json"))
+    plan = draft_plan(run)
+    if run.config.walk.length == "auto" or run.config.walk.steps == "auto":
+        progress.note("Pilot walks choose " + ("length and steps" if run.config.walk.steps == "auto" else "the length") + " ...")
+        ((_, choice),) = list(executor.stream(run_pilot, run, [plan]))
+        plan = dataclasses.replace(
+            plan,
+            length=choice.length,
+            steps=choice.steps,
+            record_every=plan.record_every * (choice.steps // plan.steps),
+            chosen={**plan.chosen, "pilot": dataclasses.asdict(choice)},
+        )
+        progress.note(f"Chosen: length {plan.length:.3g} in {plan.steps} steps (best radius of the pilot {choice.best_radius:.3g})")
+    run.storage.create_json("plan.json", plan.to_json())
+    return WalkPlan.from_json(run.storage.read_json("plan.json"))
+
+
+def draft_plan(run: Run) -> WalkPlan:
+    """The plan as far as it follows from configuration and MAP estimates alone."""
+    walk = run.config.walk
+    info = run.storage.read_json(f"{start_folder(0)}/map.json")
+    network, _ = load_network(run, 0, getattr(torch, walk.dtype))
+    correction = walk.correction
+    if correction == "auto":
+        correction = "deflated-momentum" if info["eigenvalues"] else "momentum"
+    steps = AUTO_STEPS if walk.steps == "auto" else walk.steps
+    tilted = walk.tilt == "posterior"
+    if tilted and walk.drift == "prior":
+        raise InputError("walk.drift: prior cannot be combined with walk.tilt: posterior, which has a drift of its own.")
+    length = _tilted_length(run) if tilted else (walk.length if walk.length != "auto" else 1.0)
+    rows = len(run.dataset.train.y)
+    batch = 0 if walk.batch_size == "full" else walk.batch_size
+    form = choose_form(network.module, batch or rows, network.dim, device_of(run.config))
+    work = walk.walks * steps * walk.corrections
+    compiled = walk.compile if walk.compile != "auto" else compile_pays(work, batch or rows, network.dim)
+    records = math.ceil(steps / walk.record_every)
+    return WalkPlan(
+        walks=walk.walks,
+        walks_per_shard=walk.walks_per_shard,
+        starts=run.config.map.starts,
+        length=length,
+        steps=steps,
+        record_every=walk.record_every,
+        records_per_block=records_per_block(records, walk.walks_per_shard, network.dim, walk.dtype),
+        corrections=walk.corrections,
+        correction=correction,
+        rank=len(info["eigenvalues"]) if correction.startswith("deflated") else 0,
+        step_size=FRACTIONS[correction] if walk.step_size == "auto" else walk.step_size,
+        step_size_given=walk.step_size != "auto",
+        momentum=MOMENTUM if correction.endswith("momentum") else 0.0,
+        guard=walk.guard,
+        guard_limit=1.0,
+        tilt=walk.tilt,
+        drift=walk.drift,
+        batch_size=batch,
+        dtype=walk.dtype,
+        form=form,
+        compile=compiled,
+        dim=network.dim,
+        parameters=network.layout.to_json(),
+        chosen={"correction": correction, "form": form, "compile": compiled},
+    )
+
+
+def records_per_block(records: int, walks: int, dim: int, dtype: str) -> int:
+    """Records of a block: about `BLOCK_BYTES`, but at least `LEAST_BLOCKS` blocks a shard."""
+    record_bytes = walks * dim * np.dtype(dtype).itemsize
+    fitting = max(1, round(BLOCK_BYTES / record_bytes))
+    return min(fitting, max(1, math.ceil(records / LEAST_BLOCKS)))
+
+
+def _tilted_length(run: Run) -> float:
+    """Root mean square of the drift of a tilted walk, sqrt(sum 1 / alpha)."""
+    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
+    precision: Any = run.storage.read_json(f"{start_folder(0)}/map.json")["prior_precision"]
+    return float((1 / prior_precision(network.layout, precision, torch.float64)).sum().sqrt())
