@@ -1,0 +1,138 @@
+"""Where data come from: ``sklearn:``, ``csv:``, ``parquet:``, ``npz:``, ``idx:`` and ``python:``."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data.arrays import Inputs
+from pipeline.data.columns import plain_values
+from pipeline.data.idx import read_idx_pair
+from pipeline.data.tables import read_bytes, read_csv, read_parquet
+from pipeline.errors import InputError
+from pipeline.own_code import cause, load_function
+
+_SKLEARN = ("digits", "breast_cancer", "diabetes", "iris", "wine")
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """A source as it was read."""
+
+    x: pa.Table | Inputs
+    y: np.ndarray | None
+    """Targets as they stand there: numbers, bools or text; None if the source has none."""
+    names: tuple[str, ...] = ()
+    """Names of the columns of a two-dimensional array, if known."""
+    classes: tuple[str, ...] = ()
+    """Names of classes 0, 1, ..., if known."""
+    tokens: bool = False
+    """Whether whole numbers in `x` are token numbers, which are never scaled."""
+
+
+def read_source(source: str, target: int | str | None, setting: str, *, held_out: bool = False) -> Raw:
+    """Read a source. Raises InputError.
+
+    Args:
+        source: As in `DataConfig.source`.
+        target: Column of csv and parquet that holds the target; without it, all columns are inputs.
+        setting: Configuration field that named the source, for messages.
+        held_out: Of idx files with a training and a test part, read the test part only.
+    """
+    kind, _, rest = source.partition(":")
+    if kind in ("csv", "parquet"):
+        table = read_csv(rest, setting) if kind == "csv" else read_parquet(rest, setting)
+        return _cut_target(table, target, f"{setting}: {rest}")
+    if kind == "sklearn":
+        return _sklearn(rest, setting)
+    if kind == "npz":
+        return _npz(rest, setting)
+    if kind == "idx":
+        images, labels = read_idx_pair(rest, setting, held_out=held_out)
+        return Raw(images, labels)
+    return _python(source, setting)
+
+
+def _cut_target(table: pa.Table, target: int | str | None, where: str) -> Raw:
+    name = _target_name(table, target, where)
+    if name is None:
+        return Raw(table, None)
+    y = plain_values(table[name], name, where)
+    features = table.drop_columns([name])
+    if not features.num_columns:
+        raise InputError(
+            f"{where}: no column is left beside the target '{name}'; is the delimiter one of , ; tab | blank?"
+        )
+    return Raw(features, y)
+
+
+def _target_name(table: pa.Table, target: int | str | None, where: str) -> str | None:
+    names = table.column_names
+    if target is None or str(target) in names:
+        return None if target is None else str(target)
+    if isinstance(target, int) and -len(names) <= target < len(names):
+        return names[target]
+    lowered = {name.lower(): name for name in names}
+    near = lowered.get(str(target).lower())
+    hint = (
+        f"; did you mean '{near}'?"
+        if near
+        else f"; there are {', '.join(names[:12])}" + (", ..." if len(names) > 12 else "")
+    )
+    raise InputError(f"data.target: {where} has no column '{target}'{hint}")
+
+
+def _sklearn(name: str, setting: str) -> Raw:
+    if name not in _SKLEARN:
+        raise InputError(
+            f"{setting}: sklearn:{name} is not known; there are {', '.join(_SKLEARN)}. Save other sets to a file and use csv:"
+        )
+    from sklearn import datasets  # slow to import, and seldom needed
+
+    bunch: Any = getattr(datasets, f"load_{name}")()
+    classes = tuple(str(item) for item in bunch.target_names) if "target_names" in bunch else ()
+    if name == "digits":
+        return Raw(bunch.images[:, None].astype(np.float32), bunch.target, classes=classes)
+    return Raw(np.asarray(bunch.data), np.asarray(bunch.target), tuple(bunch.feature_names), classes)
+
+
+def _npz(uri: str, setting: str) -> Raw:
+    data = read_bytes(uri, setting)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("x", "y") if name in archive.files}
+            found = ", ".join(archive.files)
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+        raise InputError(f"{setting}: {uri} is no npz file of plain arrays: {cause(error)}") from error
+    if "x" not in arrays:
+        raise InputError(f"{setting}: {uri} holds no array x (rows, ...); it holds {found or 'nothing'}")
+    return Raw(arrays["x"], arrays.get("y"))
+
+
+def _python(source: str, setting: str) -> Raw:
+    function = load_function(source, setting)
+    try:
+        result = function()
+    except Exception as error:
+        raise InputError(f"{setting}: {source} failed: {cause(error)}") from error
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputError(f"{setting}: {source} must return (x, y), it returned {_kind(result)}")
+    x, y = result
+    if isinstance(x, list):
+        x = np.asarray(x)
+    elif isinstance(x, dict):
+        x = {str(name): np.asarray(array) for name, array in x.items()}
+    elif isinstance(x, tuple):
+        x = tuple(np.asarray(array) for array in x)
+    else:
+        x = np.asarray(x)
+    return Raw(x, None if y is None else np.asarray(y), tokens=True)
+
+
+def _kind(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"

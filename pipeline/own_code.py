@@ -1,0 +1,40 @@
+"""Python functions of the user, named as ``python:MODULE:FUNCTION``. This is the one place where such code is imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import InputError
+
+
+def load_function(spec: str, setting: str) -> Callable[..., Any]:
+    """Import the function of ``python:MODULE:FUNCTION`` from PYTHONPATH or the working directory.
+
+    Raises InputError in one line with the cause; `setting` is the configuration field that named it.
+    """
+    _, module_name, function_name = spec.split(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        # Last, so that a file of the user's never hides an installed package. It stays, because what the function
+        # returns may be pickled by reference to its module.
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        where = "on PYTHONPATH or in the working directory"
+        raise InputError(f"{setting}: {spec} does not import ({where}): {cause(error)}") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise InputError(f"{setting}: {spec}: module {module_name} ({module.__file__}) has no {function_name}")
+    if not callable(function):
+        raise InputError(f"{setting}: {spec} is a {type(function).__name__}, not a function")
+    return function
+
+
+def cause(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
