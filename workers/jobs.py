@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shlex
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.errors import InputError, RunError
 from workers.package import is_here, stage
 
@@ -30,17 +31,21 @@ _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 _NO_CREDENTIALS = "there are no credentials"
 
 
-def submit(config: Config, address: str) -> str:
-    """Start the run of `config` on a cluster and return the job's name. What is already stored is not done again.
+def submit(path: str, address: str, *, storage: str | None = None, overrides: Sequence[str] = ()) -> str:
+    """Start a run on a cluster and return the job's name. What is already stored is not done again.
 
     Args:
-        config: The resolved run; `cluster.address` is ignored, `storage` must be a place that every node sees.
+        path: Configuration file.
         address: ``http://HOST:8265`` of the cluster's head.
+        storage: A place that every node sees; None takes that of the configuration.
+        overrides: Settings as ``a.b=value``.
 
     Raises:
-        InputError: The cluster cannot be reached or refuses, the same run is being computed there already, or the
-            run needs files that the cluster cannot see.
+        InputError: The configuration is wrong, the cluster cannot be reached or refuses, the same run is being
+            computed there already, or it needs files that the cluster cannot see.
     """
+    given = [] if storage is None else [f"storage={json.dumps(storage)}"]
+    config = load_config(path, [*overrides, *given])
     with tempfile.TemporaryDirectory(prefix="fiberwalk-job-") as folder:
         storage = stage(config, Path(folder), remote=not is_here(address))
         client = _connect(address)
@@ -56,7 +61,7 @@ def submit(config: Config, address: str) -> str:
             )
 
 
-def follow(address: str, job: str, write: Callable[[str], None]) -> int:
+def follow(job: str, address: str, write: Callable[[str], None]) -> int:
     """Hand the job's log to `write` piece by piece until the job ends; return its exit status.
 
     0: every stage is done; 1, 2: as of ``fiberwalk run``; 130: somebody stopped it. Leaving this function by an
@@ -79,21 +84,21 @@ def follow(address: str, job: str, write: Callable[[str], None]) -> int:
     raise RunError(f"{address}: the log of {job} ended, the job did not. Look at it with: fiberwalk logs {job}")
 
 
-def stop(address: str, job: str) -> bool:
+def stop(job: str, address: str) -> bool:
     """Ask a job to end; what it committed stays. False if it had ended before."""
     client = _connect(address)
     with _told(address, job):
         return client.stop_job(job)
 
 
-def logs(address: str, job: str) -> str:
+def logs(job: str, address: str) -> str:
     """Return all that a job has written so far."""
     client = _connect(address)
     with _told(address, job):
         return client.get_job_logs(job)
 
 
-def status(address: str, job: str) -> str:
+def status(job: str, address: str) -> str:
     """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     client = _connect(address)
     with _told(address, job):

@@ -1,0 +1,213 @@
+"""The sample store for other programs: ArviZ, safetensors, Parquet, npz; streamed, thinned, by radius, by parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.errors import InputError
+from pipeline.stages.export_read import Points, Selection, read, select
+from pipeline.storage import Storage
+from pipeline.store import SampleStore
+
+ENDINGS = {
+    "arviz": (".nc", ".zarr"),
+    "safetensors": (".safetensors", ""),
+    "parquet": (".parquet",),
+    "npz": (".npz",),
+}
+"""What the target's name may end with; an empty ending is a folder with one file a point."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    uri: str
+    walks: int
+    draws: int
+    """Points a walk."""
+    parameters: int
+    """Numbers a point."""
+    diverged: int
+    """Walks left out because they diverged."""
+    unfinished: int
+    """Walks left out because blocks of theirs are missing."""
+
+
+class Writer(Protocol):
+    """Takes points in any order, each once."""
+
+    def write(self, points: Points) -> None:
+        """Store some points."""
+        ...
+
+    def close(self) -> None:
+        """Finish the file."""
+        ...
+
+
+def export(
+    run_uri: str,
+    format: str,
+    out_uri: str,
+    *,
+    radius: float | None = None,
+    thin: int = 1,
+    parameters: str | None = None,
+    trust_code: bool = False,
+) -> Exported:
+    """Write recorded points of a run for downstream analysis, in constant memory.
+
+    Walks that diverged are left out, and so are walks with blocks still to come. Formats that need a seekable file are
+    put together in a temporary folder (TMPDIR) and uploaded when they are complete, if `out_uri` is not on disk.
+
+    Args:
+        run_uri: Address of the run.
+        format: ``arviz`` (``.nc`` or ``.zarr``: chain = walk, draw = recorded point), ``safetensors`` (a folder: one
+            complete state dict a point; ``.safetensors``: one file, points stacked), ``parquet`` (a row a point, a
+            column a parameter) or ``npz``.
+        out_uri: File or folder, on disk or on an object store; nothing may be there yet.
+        radius: One point a walk, its record nearest to this drift; None: all records.
+        thin: Every so manieth record, counted back from the last.
+        parameters: Regular expression found anywhere in a parameter's name; None: all.
+        trust_code: Let safetensors build a network that a stored configuration names as ``python:``.
+
+    Raises:
+        InputError: Unknown format, nothing selected, a target that exists or lies inside the run.
+    """
+    ending = check_format(format, out_uri)
+    store = SampleStore.open(run_uri)
+    selection = select(store, radius, thin, parameters)
+    attributes = {"inference_library": "fiberwalk", "fiberwalk_run": store.storage.uri.rpartition("/")[2]}
+    state = _state_dicts(run_uri, selection, trust_code) if format == "safetensors" else None
+    with target(out_uri, inside=run_uri) as path:
+        writer = _writer(format + ending, path, selection, attributes, state)
+        for points in read(store, selection):
+            writer.write(points)
+        writer.close()
+    numbers = sum(parameter.size for parameter in selection.parameters)
+    return Exported(out_uri, selection.chains, selection.draws, numbers, selection.diverged, selection.unfinished)
+
+
+def check_format(format: str, out_uri: str) -> str:
+    """Return the ending of the target's name that belongs to the format. Raises InputError."""
+    if format not in ENDINGS:
+        raise InputError(f"--format must be one of {', '.join(ENDINGS)}, got {format}")
+    for ending in ENDINGS[format]:
+        if out_uri.rstrip("/").endswith(ending):
+            return ending
+    wanted = " or ".join(ENDINGS[format])
+    raise InputError(f"--out must end with {wanted} for --format {format}, got {out_uri}")
+
+
+@contextlib.contextmanager
+def target(out_uri: str, *, inside: str) -> Iterator[Path]:
+    """Give a local path to write to; on success it becomes the target in one go, otherwise nothing is left.
+
+    Raises:
+        InputError: The target has '..' in it, exists, or lies inside the run `inside`.
+    """
+    if ".." in out_uri.split("/"):
+        raise InputError(f"--out must not hold '..', got {out_uri}. Write out the place that is meant.")
+    place = Storage.open(out_uri)
+    if f"{place.uri}/".startswith(f"{Storage.open(inside).uri}/"):
+        raise InputError(
+            f"--out {out_uri} lies inside the run {inside}, whose folders are read as they are. Name another place."
+        )
+    folder, _, name = place.uri.rpartition("/")
+    if not name or folder.endswith(":/"):
+        raise InputError(f"--out must name a file or folder below a storage place, got {out_uri}")
+    if place.protocol == "file":
+        yield from _local(Path(place.uri))
+    else:
+        yield from _remote(place, Storage.open(folder), name)
+
+
+def _local(final: Path) -> Iterator[Path]:
+    if final.is_dir() and not any(final.iterdir()):
+        final.rmdir()
+    if os.path.lexists(final):
+        raise InputError(f"--out {final} exists. Remove it, or name another place; an export never overwrites.")
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.rename(partial, final)
+    except PermissionError as error:
+        raise InputError(f"--out {final} cannot be written: {error.strerror}. Name another place.") from error
+    finally:
+        _remove(partial)
+
+
+def _remote(place: Storage, folder: Storage, name: str) -> Iterator[Path]:
+    if folder.exists(name) or place.list():
+        raise InputError(f"--out {place.uri} exists. Remove it, or name another place; an export never overwrites.")
+    folder.check_writable()
+    with tempfile.TemporaryDirectory(prefix="fiberwalk-export-") as temporary:
+        partial = Path(temporary) / name
+        yield partial
+        files = [partial] if partial.is_file() else sorted(path for path in partial.rglob("*") if path.is_file())
+        for file in files:
+            with open(file, "rb") as source:
+                key = file.relative_to(temporary).as_posix()
+                if not folder.create_from(key, lambda sink, source=source: shutil.copyfileobj(source, sink, 2**22)):
+                    raise InputError(
+                        f"--out {folder.uri}/{key} was written by somebody else meanwhile. Name another place."
+                    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    for left in [path, *path.parent.glob(f"{path.name}.*")]:
+        left.unlink(missing_ok=True)
+
+
+def _writer(
+    kind: str,
+    path: Path,
+    selection: Selection,
+    attributes: dict[str, Any],
+    state: Callable[[np.ndarray], dict[str, np.ndarray]] | None,
+) -> Writer:
+    from pipeline.stages import export_arrays, export_tables
+
+    plain: dict[str, Callable[[Path, Selection, dict[str, Any]], Writer]] = {
+        "arviz.nc": export_arrays.NetcdfWriter,
+        "arviz.zarr": export_arrays.ZarrWriter,
+        "npz.npz": export_arrays.NpzWriter,
+        "parquet.parquet": export_tables.ParquetExport,
+    }
+    if state is None:
+        return plain[kind](path, selection, attributes)
+    stacked = kind.endswith(".safetensors")
+    make = export_tables.SafetensorsStacked if stacked else export_tables.SafetensorsFolder
+    return make(path, selection, attributes, state)
+
+
+def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Return a function from a position to the network's state dict, or to the chosen parameters if not all are."""
+    import torch
+
+    from pipeline.build import load_network
+    from pipeline.run import load_run
+
+    network, _ = load_network(load_run(run_uri, trust_code=trust_code), 0, getattr(torch, selection.dtype))
+    chosen = {parameter.name for parameter in selection.parameters}
+    complete = len(chosen) == len(network.layout.names)
+
+    def state(theta: np.ndarray) -> dict[str, np.ndarray]:
+        tensors = network.state_dict(torch.from_numpy(np.array(theta)))
+        return {name: value.numpy() for name, value in tensors.items() if complete or name in chosen}
+
+    return state
