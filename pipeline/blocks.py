@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -56,8 +56,8 @@ class SampleBlock:
     key: BlockKey
     walk: np.ndarray
     """Number of the walk in the run, (n,) int32."""
-    start: int
-    """The MAP estimate from which these walks began."""
+    start: np.ndarray
+    """The MAP estimate from which the walk began, (n,) int16."""
     step: np.ndarray = field(default_factory=_none)
     """Steps taken, (n,) int32."""
     radius: np.ndarray = field(default_factory=_none)
@@ -72,7 +72,7 @@ class SampleBlock:
     """Distance from the start of the walk, (n,) float32."""
     step_size: np.ndarray = field(default_factory=_none)
     """Step size of the correction, (n,) float64."""
-    status: list[str] = field(default_factory=list)
+    status: Sequence[str] | np.ndarray = ()
     """ok, halved or diverged, n entries."""
     theta: np.ndarray = field(default_factory=_none)
     """Positions, (n, D) float32, or float64 if the plan says so."""
@@ -153,7 +153,7 @@ def _check_shape(block: SampleBlock, plan: WalkPlan) -> None:
         raise ValueError(
             f"{block.key.path} needs {expected} rows of {plan.dim} parameters, got theta of shape {block.theta.shape}."
         )
-    lengths = {name: len(getattr(block, name)) for name in SMALL if name != "start"}
+    lengths = {name: len(getattr(block, name)) for name in SMALL}
     if any(length != rows for length in lengths.values()):
         raise ValueError(f"{block.key.path} has {rows} rows, but its columns have {lengths}.")
     if block.momentum is not None and block.momentum.shape != (shard.walks, plan.dim):
@@ -161,12 +161,10 @@ def _check_shape(block: SampleBlock, plan: WalkPlan) -> None:
 
 
 def _batch(block: SampleBlock, theta: np.ndarray, schema: pa.Schema, rows: slice) -> pa.RecordBatch:
-    count = rows.stop - rows.start
     columns: list[pa.Array] = []
     for name, kind in NUMBERS.items():
-        values = np.full(count, block.start) if name == "start" else np.asarray(getattr(block, name))[rows]
-        columns.append(pa.array(values.astype(kind)))
-    columns.append(pa.array(block.status[rows], pa.string()))
+        columns.append(pa.array(np.asarray(getattr(block, name))[rows].astype(kind)))
+    columns.append(pa.array(list(block.status[rows]), pa.string()))
     value = schema.field("theta").type
     flat = pa.FixedSizeListArray.from_arrays(pa.array(theta[rows].reshape(-1)), value.shape[0])
     columns.append(pa.ExtensionArray.from_storage(value, flat))

@@ -28,6 +28,10 @@ class Executor(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let workers go that are held for a next stream, so that others can use their place."""
+        ...
+
 
 class SerialExecutor:
     """One item after the other in this process: the reference."""
@@ -39,3 +43,6 @@ class SerialExecutor:
         for item in items:
             for event in function(run, item):
                 yield item, event
+
+    def release(self) -> None:
+        """Nothing is held."""

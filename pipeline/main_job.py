@@ -44,6 +44,7 @@ def execute(run: Run, progress: Progress, *, serial: bool = False) -> None:
     with _workers(run, serial) as (executor, trainer):
         estimate(run, executor, progress)
         sample(run, executor, progress)
+        executor.release()
         select(run, progress)
         deform(run, trainer, progress)
         evaluate(run, progress)

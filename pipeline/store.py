@@ -194,10 +194,9 @@ class SampleStore:
 
     def _block(self, key: BlockKey, columns: Sequence[str] | None, rows: np.ndarray | None) -> SampleBlock:
         found = self.read_columns(key, [*SMALL, "theta", "momentum"] if columns is None else columns, rows)
-        starts = found.pop("start", [self.plan.shards()[key.shard].start])
         status = [str(text) for text in found.pop("status", [])]
-        walk = found.pop("walk", np.empty(0, np.int32))
-        return SampleBlock(key=key, walk=walk, start=int(starts[0]), status=status, **found)
+        walk, start = (found.pop(name, np.empty(0)) for name in ("walk", "start"))
+        return SampleBlock(key=key, walk=walk, start=start, status=status, **found)
 
     def digests(self) -> dict[BlockKey, str]:
         """Return the digest of theta of every committed block, as its footer states it."""

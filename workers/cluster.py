@@ -1,0 +1,103 @@
+"""Connecting to Ray: an embedded cluster of this machine, or one that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+
+import ray
+
+from pipeline.config import Config
+from pipeline.errors import InputError
+
+_CONNECT_SECONDS = 10
+
+
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Hold a connection to the cluster of `cluster.address`; an embedded one ends with the block.
+
+    A connection that is open already is used and left open.
+
+    Raises:
+        InputError: The cluster cannot be reached, or lacks what one actor needs.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(config)
+    try:
+        _check_accelerators(config)
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(config: Config) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray asks for an environment variable of its own to be set for every new default.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        address = config.cluster.address or _job_address()
+        if address is None:
+            _start_embedded(config)
+        else:
+            _join(address)
+
+
+def _job_address() -> str | None:
+    """Inside a Ray job the cluster is the one that runs the job."""
+    return "auto" if os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_ADDRESS") else None
+
+
+def _start_embedded(config: Config) -> None:
+    # The environment, and with it the storage credentials, is inherited by the actors.
+    ray.init(
+        address="local",
+        num_cpus=embedded_cpus(config),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+    )
+
+
+def embedded_cpus(config: Config) -> int:
+    """Logical processors of the embedded cluster: those of the machine, or more if the configuration needs more.
+
+    Training needs one for each worker, one for its coordinator and one for reading.
+    """
+    actors = config.cluster.actors
+    walking = config.cluster.cpus_per_actor * (1 if actors == "auto" else actors)
+    return max(os.cpu_count() or 1, math.ceil(walking), config.deformation.workers + 2)
+
+
+def _join(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise InputError(f"cluster.address: {address} is a job server. Give HOST:6379 here, or use 'fiberwalk submit'.")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto":
+        if not host or not port.isdigit():
+            raise InputError(f"cluster.address must be HOST:PORT, ray://HOST:PORT or auto, got {address}")
+        try:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error}).") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cluster.address: cannot join the Ray cluster at {address}: {reason}") from error
+
+
+def _check_accelerators(config: Config) -> None:
+    wanted, have = config.cluster.gpus_per_actor, ray.cluster_resources().get("GPU", 0)
+    if wanted > have and config.cluster.address is None:
+        raise InputError(
+            f"cluster.gpus_per_actor is {wanted:g}, but Ray finds {have:g} here. Set it to 0, or give cluster.address."
+        )
