@@ -235,11 +235,6 @@ def main(argv: list[str] | None = None) -> int:
         )
 
 
-def entry() -> None:
-    """The `fiberwalk` command."""
-    sys.exit(main())
-
-
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -286,4 +281,4 @@ def _progress(quiet: bool) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

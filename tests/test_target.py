@@ -1,0 +1,138 @@
+"""Potentials, their products, curvature and the MAP search against autograd and linear algebra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.bayes import curvature as curvature_module
+from pipeline.bayes.curvature import measure
+from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic
+from pipeline.bayes.minimise import certify, first_order, quasi_newton
+from pipeline.bayes.params import Network, ParameterLayout
+from pipeline.bayes.target import Potential, prior_precision
+from pipeline.errors import InputError
+from pipeline.plan import stream
+from tests.targets import hessian, linear_regression, quadratic_minimum, softmax_classifier
+
+LIKELIHOODS = [(Categorical(3), 3), (Bernoulli(), 1), (Gaussian(0.7), 1), (Heteroscedastic(), 2)]
+
+
+def small_problem(likelihood, columns: int) -> Potential:
+    generator = torch.Generator().manual_seed(1)
+    network = Network(nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, columns)), dtype=torch.float64)
+    x = torch.randn(30, 2, generator=generator, dtype=torch.float64)
+    y = torch.randn(30, generator=generator, dtype=torch.float64)
+    if isinstance(likelihood, Categorical):
+        y = torch.randint(0, 3, (30,), generator=generator)
+    elif isinstance(likelihood, Bernoulli):
+        y = (y > 0).double()
+    return Potential(network, likelihood, prior_precision(network.layout, 0.3, torch.float64), x, y, row_batch=7)
+
+
+@pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
+def test_gradient_and_hessian_products_equal_autograd(likelihood, columns):
+    potential = small_problem(likelihood, columns)
+    theta = torch.randn(potential.network.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole = torch.autograd.functional.hessian(lambda t: potential.value(t[None])[0], theta)
+    leaf = theta.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(potential.value(leaf[None])[0], leaf)
+    assert torch.allclose(potential.gradient(theta[None])[0][0], slope)
+    assert torch.allclose(hessian(potential, theta), whole)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
+def test_the_root_of_the_curvature_squares_to_it(likelihood, columns):
+    outputs = torch.randn(4, columns, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    basis = torch.eye(columns, dtype=torch.float64)
+    product = torch.stack([likelihood.curvature_product(outputs, e.expand(4, columns)) for e in basis], dim=-1)
+    roots = torch.stack([likelihood.curvature_root(outputs, e.expand(4, columns)) for e in basis], dim=-1)
+    assert torch.allclose(roots @ roots.mT, product, atol=1e-12)
+
+
+def test_gauss_newton_is_the_hessian_of_a_linear_model():
+    potential = linear_regression(20, 6)
+    theta = torch.ones(6, dtype=torch.float64)
+    eye = torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(potential.gauss_newton(theta, eye), hessian(potential, theta))
+
+
+def test_prior_precision_takes_the_first_expression_that_is_found():
+    layout = ParameterLayout(("0.weight", "0.bias"), ((2, 3), (2,)))
+    precision = prior_precision(layout, {"bias": 5.0, ".*": 2.0}, torch.float64)
+    assert precision.tolist() == [2.0] * 6 + [5.0] * 2
+    with pytest.raises(InputError, match=r"0\.weight"):
+        prior_precision(layout, {"bias": 5.0}, torch.float64)
+
+
+def test_lanczos_agrees_with_the_whole_matrix(monkeypatch):
+    potential = softmax_classifier()
+    theta = quasi_newton(potential, potential.network.theta(), 1e-8, 2000)
+    whole = measure(potential, theta, 6, stream(0, "test"))
+    monkeypatch.setattr(curvature_module, "DENSE_DIM", 1)
+    lanczos = measure(potential, theta, 6, stream(0, "test"))
+    assert lanczos.lambda_max == pytest.approx(whole.lambda_max, rel=1e-6)
+    assert torch.allclose(lanczos.values, whole.values, rtol=1e-3)
+    assert whole.deflated_max <= lanczos.deflated_max <= 1.1 * whole.deflated_max
+    # Hutchinson with six random signs: the trace of a matrix with spectrum in [0, 1] has standard error below sqrt(2 D / 6).
+    assert abs(lanczos.gamma - whole.gamma) < 5 * np.sqrt(2 * whole.gamma / 6)
+    eye = lanczos.vectors @ lanczos.vectors.T
+    assert torch.allclose(eye, torch.eye(len(eye), dtype=eye.dtype), atol=1e-6)
+
+
+def test_gamma_of_a_linear_model_is_its_trace():
+    potential = linear_regression(40, 8, alpha=3.0)
+    star = quadratic_minimum(potential)
+    h = hessian(potential, star)
+    expected = torch.trace(torch.linalg.solve(h, h - 3 * torch.eye(8, dtype=torch.float64)))
+    assert measure(potential, star, 2, stream(0, "test")).gamma == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_the_map_search_finds_the_minimum_and_certifies_what_is_left():
+    potential = softmax_classifier(alpha=0.1)
+    begun = first_order(potential, potential.network.theta(), 50, 0.01, 16, stream(0, "test"))
+    far, near = certify(potential, begun, 50), certify(potential, quasi_newton(potential, begun, 1e-6, 3000), 0)
+    assert near.grad_norm < 1e-6 and near.decrement < 1e-9
+    assert far.decrement > 0.1 and far.potential > near.potential
+
+
+def test_the_decrement_of_a_quadratic_is_exact():
+    potential = linear_regression(40, 6)
+    star = quadratic_minimum(potential)
+    point = certify(potential, star + 0.1, 0)
+    fall = potential.value((star + 0.1)[None])[0] - potential.value(star[None])[0]
+    assert point.decrement == pytest.approx(float(fall), rel=1e-6)
+
+
+def test_tied_parameters_appear_once_and_state_dicts_are_complete():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False))
+    module[2].weight = module[0].weight
+    network = Network(module)
+    assert network.layout.names == ("0.weight", "1.weight", "1.bias")
+    moved = network.theta() + 1
+    state = network.state_dict(moved)
+    module.load_state_dict(state)
+    assert torch.equal(network.theta(), moved) and torch.equal(state["2.weight"], state["0.weight"])
+
+
+def test_inputs_by_name_and_by_position():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, a, b):
+            return self.layer(a - b)
+
+    network = Network(Two())
+    a, b = torch.randn(4, 2), torch.randn(4, 2)
+    theta = network.theta()
+    assert torch.equal(network.outputs(theta, {"b": b, "a": a}), network.outputs(theta, (a, b)))
+    assert network.outputs_many(torch.stack([theta, theta + 1]), (a, b)).shape == (2, 4, 1)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
+    with pytest.raises(InputError, match="weight"):
+        Network(nn.Linear(2, 1), parameters="head")
