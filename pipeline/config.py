@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from pipeline import config_values as values
-from pipeline.config_file import apply_overrides, explain, read_mapping
+from pipeline.config_file import apply_overrides, explain, flatten, read_mapping
 from pipeline.errors import InputError
 
 Place = Annotated[str, BeforeValidator(values.place)]
@@ -21,65 +21,9 @@ Pattern = Annotated[str, BeforeValidator(values.regular_expression)]
 Split = Annotated[float | tuple[int, int] | str | None, BeforeValidator(values.split)]
 Widths = Annotated[tuple[Count, ...], values.sequence(lambda item: item)]
 
-ARCHITECTURES = ("mlp", "conv", "lenet", "resnet")
 ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "softplus", "elu")
-SOURCES = ("sklearn", "csv", "parquet", "npz", "idx", "python")
-BASELINES = (
-    "map",
-    "temperature",
-    "random",
-    "gaussian",
-    "ensemble",
-    "ensemble_temperature",
-    "laplace",
-    "laplace_linearised",
-    "swag",
-)
 _LIKELIHOODS = {"classification": ("categorical", "bernoulli"), "regression": ("gaussian", "heteroscedastic")}
 _SHIPPED = "python:pipeline.data.synthetic:"
-
-
-def _source(value: Any) -> Any:
-    kind, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind not in SOURCES or not colon or not rest:
-        raise ValueError(
-            "must be sklearn:NAME, csv:URI, parquet:URI, npz:URI, idx:URI_PREFIX or python:MODULE:FUNCTION"
-        )
-    if kind == "python" and rest.count(":") != 1:
-        raise ValueError("must be python:MODULE:FUNCTION")
-    values.place(rest)
-    return value
-
-
-def _architecture(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("python:"):
-        if value.count(":") != 2:
-            raise ValueError("must be python:MODULE:FUNCTION")
-        return value
-    near = values.nearest(str(value), ARCHITECTURES)
-    if value not in ARCHITECTURES:
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ValueError(f"must be one of {', '.join(ARCHITECTURES)} or python:MODULE:FUNCTION{hint}")
-    return value
-
-
-def _baseline(value: Any) -> Any:
-    if value not in BASELINES:
-        near = values.nearest(str(value), BASELINES)
-        raise ValueError(f"must hold some of {', '.join(BASELINES)}" + (f" (did you mean {near}?)" if near else ""))
-    return value
-
-
-def _switch(value: Any) -> Any:
-    if value not in (True, False, "auto") or isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError("must be true, false or 'auto'")
-    return value
-
-
-def _column(value: Any) -> Any:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, str)) or value == ""):
-        raise ValueError("must be the name of a column, or its position (-1 is the last)")
-    return value
 
 
 class _Section(BaseModel):
@@ -89,11 +33,12 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What the network learns from."""
 
-    source: Annotated[str, BeforeValidator(_source)]
-    """sklearn:NAME, csv:URI, parquet:URI, npz:URI (arrays x, y), idx:URI_PREFIX (MNIST files), or python:MODULE:FUNCTION
-    (a function that returns (x, y), found on PYTHONPATH or in the working directory)."""
-    target: Annotated[int | str | None, BeforeValidator(_column)] = None
-    """The target column of csv and parquet: its name, or its position (-1 is the last). The other columns are features."""
+    source: Annotated[str, BeforeValidator(values.source)]
+    """sklearn:NAME, csv:URI, parquet:URI, npz:URI (arrays x, y), idx:URI_PREFIX (MNIST files; the rows of train-* come
+    first, those of t10k-* after them), or python:MODULE:FUNCTION (a function that returns (x, y), found on PYTHONPATH
+    or in the working directory)."""
+    target: Annotated[int | str | None, BeforeValidator(values.column)] = None
+    """The target column of csv and parquet: its name, or its position (-1 is the last); other columns are features."""
     task: Annotated[Literal["classification", "regression"], values.choice("classification", "regression")] = (
         "classification"
     )
@@ -107,7 +52,7 @@ class DataConfig(_Section):
     """Bring features to mean 0 and standard deviation 1 over the training rows; targets too for regression."""
     train_rows: Annotated[int | None, values.integer(low=2)] = None
     """Use only the first so many training rows; null: all."""
-    ood: Annotated[tuple[str, ...], values.sequence(_source)] = ()
+    ood: Annotated[tuple[str, ...], values.sequence(values.source)] = ()
     """Further sources with the same features, from outside the distribution; their targets are ignored."""
 
     @model_validator(mode="after")
@@ -139,7 +84,7 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """The network."""
 
-    architecture: Annotated[str, BeforeValidator(_architecture)] = "mlp"
+    architecture: Annotated[str, BeforeValidator(values.architecture)] = "mlp"
     """mlp, conv, lenet, resnet (ResNet-18), or python:MODULE:FUNCTION that returns a torch.nn.Module."""
     hidden: Widths = (50,)
     """Units of each hidden layer of mlp, or channels of each layer of conv. lenet and resnet have their own."""
@@ -221,7 +166,7 @@ class WalkConfig(_Section):
     """Training rows of one gradient, or full: all."""
     dtype: Annotated[Literal["float32", "float64"], values.choice("float32", "float64")] = "float32"
     """Number format of the walk and of the stored points."""
-    compile: Annotated[bool | Literal["auto"], BeforeValidator(_switch)] = "auto"
+    compile: Annotated[bool | Literal["auto"], BeforeValidator(values.switch)] = "auto"
     """Compile the gradient; auto: when the planned work repays it."""
 
     @model_validator(mode="after")
@@ -230,7 +175,8 @@ class WalkConfig(_Section):
             fitting = [k for k in range(1, self.steps + 1) if self.steps % k == 0]
             near = min(fitting, key=lambda k: abs(k - self.record_every))
             raise ValueError(
-                f"walk.record_every must divide walk.steps = {self.steps}, got {self.record_every}; {near} is the nearest that does"
+                f"walk.record_every must divide walk.steps = {self.steps}, got {self.record_every}; "
+                f"{near} is the nearest that does"
             )
         if self.correction.startswith("deflated") and self.rank < 1:
             raise ValueError(f"walk.rank must be at least 1 with walk.correction: {self.correction}, got {self.rank}")
@@ -259,7 +205,12 @@ class EvaluationConfig(_Section):
 
     draws: Annotated[int, values.integer(low=2)] = 64
     """Draws averaged for a prediction."""
-    baselines: Annotated[tuple[str, ...], values.sequence(_baseline)] = ("map", "temperature", "random", "gaussian")
+    baselines: Annotated[tuple[str, ...], values.sequence(values.baseline)] = (
+        "map",
+        "temperature",
+        "random",
+        "gaussian",
+    )
     """Methods beside walk and deformation: map, temperature, random, gaussian, ensemble, ensemble_temperature, laplace,
     laplace_linearised, swag."""
 
@@ -303,7 +254,8 @@ class Config(_Section):
         fitting = _LIKELIHOODS[self.data.task]
         if self.likelihood.kind is not None and self.likelihood.kind not in fitting:
             raise ValueError(
-                f"likelihood.kind must be {' or '.join(fitting)} with data.task: {self.data.task}, got '{self.likelihood.kind}'"
+                f"likelihood.kind must be {' or '.join(fitting)} with data.task: {self.data.task}, "
+                f"got '{self.likelihood.kind}'"
             )
         if self.likelihood.noise_std is not None and likelihood_kind(self) != "gaussian":
             raise ValueError(
@@ -365,13 +317,6 @@ def likelihood_kind(config: Config) -> str:
 
 def config_difference(first: Config, second: Config) -> list[str]:
     """Settings that differ, each as ``walk.steps: 200 -> 100``."""
-    before, after = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    before, after = flatten(first.model_dump(mode="json")), flatten(second.model_dump(mode="json"))
     keys = list(dict.fromkeys([*before, *after]))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
-    return flat

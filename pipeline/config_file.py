@@ -133,7 +133,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _unknown(path: str, location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+def _unknown(path: str, location: Sequence[int | str], model: type[BaseModel]) -> str:
     section: Any = model
     for part in location[:-1]:
         section = _section(section, str(part))
@@ -156,3 +156,13 @@ def _section(model: type[BaseModel], name: str) -> type[BaseModel]:
 def _fields(model: type[BaseModel], name: str) -> list[str]:
     annotation = model.model_fields[name].annotation
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``section.field`` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat.update(
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        )
+    return flat

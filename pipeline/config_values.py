@@ -13,6 +13,20 @@ from pydantic import BeforeValidator
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _CREDENTIALS = re.compile(r"^[A-Za-z][A-Za-z0-9+.:-]*//[^/]*@")
 
+ARCHITECTURES = ("mlp", "conv", "lenet", "resnet")
+SOURCES = ("sklearn", "csv", "parquet", "npz", "idx", "python")
+BASELINES = (
+    "map",
+    "temperature",
+    "random",
+    "gaussian",
+    "ensemble",
+    "ensemble_temperature",
+    "laplace",
+    "laplace_linearised",
+    "swag",
+)
+
 
 def as_number(value: Any) -> float | int | None:
     """Return a finite number, also from text such as ``1e-3`` (text in YAML 1.1); otherwise None."""
@@ -161,3 +175,51 @@ def _positive(value: Any, where: str) -> float:
     if found is None or found <= 0:
         raise ValueError(f"{where}must be 'auto', a number above 0, or regular expression -> number above 0")
     return float(found)
+
+
+def source(value: Any) -> Any:
+    """kind:place, of a known kind and without credentials."""
+    kind, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in SOURCES or not colon or not rest:
+        raise ValueError(
+            "must be sklearn:NAME, csv:URI, parquet:URI, npz:URI, idx:URI_PREFIX or python:MODULE:FUNCTION"
+        )
+    if kind == "python" and rest.count(":") != 1:
+        raise ValueError("must be python:MODULE:FUNCTION")
+    place(rest)
+    return value
+
+
+def architecture(value: Any) -> Any:
+    """A built-in network, or python:MODULE:FUNCTION."""
+    if isinstance(value, str) and value.startswith("python:"):
+        if value.count(":") != 2:
+            raise ValueError("must be python:MODULE:FUNCTION")
+        return value
+    near = nearest(str(value), ARCHITECTURES)
+    if value not in ARCHITECTURES:
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ValueError(f"must be one of {', '.join(ARCHITECTURES)} or python:MODULE:FUNCTION{hint}")
+    return value
+
+
+def baseline(value: Any) -> Any:
+    """A method to compare with."""
+    if value not in BASELINES:
+        near = nearest(str(value), BASELINES)
+        raise ValueError(f"must hold some of {', '.join(BASELINES)}" + (f" (did you mean {near}?)" if near else ""))
+    return value
+
+
+def switch(value: Any) -> Any:
+    """true, false or 'auto'."""
+    if value not in (True, False, "auto") or isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError("must be true, false or 'auto'")
+    return value
+
+
+def column(value: Any) -> Any:
+    """Name or position of a column."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, str)) or value == ""):
+        raise ValueError("must be the name of a column, or its position (-1 is the last)")
+    return value

@@ -160,8 +160,8 @@ def _image(architecture: str, shape: tuple[int, ...]) -> tuple[int, int, int, li
             )
         return shape[0], shape[1], shape[2], []
     raise InputError(
-        f"model.architecture: {architecture} takes images (channels, height, width), the data have rows of shape {shape}; "
-        "use mlp"
+        f"model.architecture: {architecture} takes images (channels, height, width), the data have rows of "
+        f"shape {shape}; use mlp"
     )
 
 

@@ -1,4 +1,4 @@
-"""Python functions of the user, named as ``python:MODULE:FUNCTION``. This is the one place where such code is imported."""
+"""Python functions of the user, named as ``python:MODULE:FUNCTION``; the one place where such code is imported."""
 
 from __future__ import annotations
 

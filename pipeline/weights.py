@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import cast
 
 import fsspec
 import torch
+from fsspec.core import OpenFile
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def _read(uri: str) -> dict[str, Tensor]:
     if uri.lower().endswith(_PICKLES):
         raise InputError(f"model.weights: {uri} is a pickle, which may run code; save it once with {_CONVERT}")
     try:
-        with fsspec.open(uri, "rb") as file:
+        with cast(OpenFile, fsspec.open(uri, "rb")) as file:
             data = file.read()
     except FileNotFoundError as error:
         raise InputError(f"model.weights: {uri}: no such file") from error

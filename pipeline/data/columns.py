@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from pipeline.data.tables import is_number
 from pipeline.errors import InputError
+
+pc: Any = pyarrow.compute
 
 MAX_LEVELS = 64
 """Most levels of a text column that is one-hot encoded."""
@@ -31,12 +33,16 @@ class Column:
 
 
 def learn_columns(table: pa.Table, where: str) -> tuple[Column, ...]:
-    """Decide for every column whether it is numbers or text. Raises InputError where it is neither."""
+    """Decide for every column whether it is numbers or text. Raises InputError where it is neither, or has gaps."""
+    _refuse_gaps(table, where)
     return tuple(Column(name, _levels(table[name], name, where)) for name in table.column_names)
 
 
 def encode_columns(table: pa.Table, columns: tuple[Column, ...], where: str) -> np.ndarray:
-    """Features of a table, float64 (rows, sum of widths). Raises InputError for missing columns, values and new levels."""
+    """Features of a table, float64 (rows, sum of widths).
+
+    Raises InputError for missing columns, missing values, and levels that are not known.
+    """
     lost = [column.name for column in columns if column.name not in table.column_names]
     if lost:
         raise InputError(f"{where}: the column '{lost[0]}' is missing; there are {_some(table.column_names)}")
@@ -111,12 +117,11 @@ def _levels(values: pa.ChunkedArray, name: str, where: str) -> tuple[str, ...]:
     values = _plain(values, name, where)
     if not pa.types.is_string(values.type):
         return ()
-    levels = sorted(level for level in pc.unique(values).to_pylist() if level is not None)
+    levels = sorted(pc.unique(values).to_pylist())
     numeric = [level for level in levels if is_number(level)]
     others = [level for level in levels if not is_number(level)]
-    if others == ["?"] or (not others and numeric):
+    if not others:
         return ()
-    _refuse_missing(values, name, where)
     if len(numeric) > max(10, len(levels) / 2):
         row = pc.index(values, others[0]).as_py()
         raise InputError(f"{where}: column '{name}' holds the text '{others[0]}' among numbers, in row {row}")
@@ -128,6 +133,32 @@ def _levels(values: pa.ChunkedArray, name: str, where: str) -> tuple[str, ...]:
     return tuple(levels)
 
 
+def _refuse_gaps(table: Any, where: str) -> None:
+    """Count missing values over all columns: empty, NaN, and ? among numbers."""
+    total, columns, first = 0, 0, (len(table), "")
+    for name in table.column_names:
+        gaps = _gaps(table[name])
+        if gaps.any():
+            total, columns = total + int(gaps.sum()), columns + 1
+            first = min(first, (int(np.argmax(gaps)), name))
+    if total:
+        raise InputError(
+            f"{where}: {total} missing values in {columns} of {table.num_columns} columns, the first in row "
+            f"{first[0]}, column '{first[1]}'; remove or fill them"
+        )
+
+
+def _gaps(values: Any) -> np.ndarray:
+    gaps = pc.is_null(values, nan_is_null=True)
+    if pa.types.is_string(values.type):
+        question = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), "?"), False)
+        if pc.any(question).as_py():
+            others = pc.unique(values.filter(pc.invert(pc.or_(question, gaps)))).to_pylist()
+            if all(is_number(text.strip()) for text in others):
+                gaps = pc.or_(gaps, question)
+    return gaps.to_numpy()
+
+
 def _one_hot(values: pa.ChunkedArray, column: Column, where: str) -> np.ndarray:
     if not pa.types.is_string(_plain(values, column.name, where).type):
         values = values.cast(pa.string())
@@ -137,8 +168,8 @@ def _one_hot(values: pa.ChunkedArray, column: Column, where: str) -> np.ndarray:
     if values.null_count or np.isnan(found.astype(float)).any():
         row = int(np.flatnonzero(np.isnan(found.astype(float)))[0])
         raise InputError(
-            f"{where}: column '{column.name}' holds '{values[row]}' in row {row}, which was not among the values that the "
-            f"network was trained on: {_some(list(column.levels))}"
+            f"{where}: column '{column.name}' holds '{values[row]}' in row {row}, which is not among the values that "
+            f"the network was trained on: {_some(list(column.levels))}"
         )
     return np.eye(len(column.levels))[found.astype(np.int64)]
 

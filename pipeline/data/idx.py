@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 
 import fsspec
 import numpy as np
@@ -26,14 +27,16 @@ def read_idx_pair(prefix: str, setting: str, *, held_out: bool = False) -> tuple
         parts = [found for names in _PARTS if (found := _find(candidate, names, setting))]
         if parts:
             arrays = [_read_part(*part, setting) for part in (parts[-1:] if held_out else parts)]
-            images, labels = (
-                np.concatenate(items) if len(items) > 1 else items[0] for items in zip(*arrays, strict=True)
-            )
-            return images, labels
+            images, labels = [part[0] for part in arrays], [part[1] for part in arrays]
+            return _join(images), _join(labels)
     raise InputError(f"{setting}: no {prefix}train-images-idx3-ubyte(.gz) and no {prefix}t10k-images-idx3-ubyte(.gz)")
 
 
-def _find(prefix: str, names: tuple[str, ...], setting: str) -> tuple[str, str] | None:
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _find(prefix: str, names: Sequence[str], setting: str) -> tuple[str, str] | None:
     for name in names:
         for suffix in (".gz", ""):
             images, labels = (f"{prefix}{name}-{kind}-ubyte{suffix}" for kind in ("images-idx3", "labels-idx1"))

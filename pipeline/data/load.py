@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if raw.y.shape[:1] != (rows,):
         raise InputError(f"data.source: {config.source} has {rows} rows of inputs and targets of shape {raw.y.shape}")
     splits = split_rows(config, rows, seed)
-    y, classes = _targets(raw, config, splits)
+    y, classes = _targets(raw.y, raw, config, splits)
     parts = _learn_parts(select_rows(x, splits.train), raw.tokens, config.standardize)
     y_mean, y_std = _target_scale(y[splits.train], config)
     schema = DataSchema(
@@ -65,7 +66,7 @@ def load_inputs(source: str, schema: DataSchema, target: int | str | None = None
     return schema.encode(_read_new(source, schema, target, setting), f"{setting}: {source}")
 
 
-def _read_new(source: str, schema: DataSchema, target: int | str | None, setting: str) -> pa.Table | Inputs:
+def _read_new(source: str, schema: DataSchema, target: int | str | None, setting: str) -> Any:
     raw = read_source(source, None, setting, held_out=True)
     x = raw.x
     if isinstance(x, pa.Table):
@@ -92,11 +93,11 @@ def _inputs(raw: Raw, where: str) -> tuple[Inputs, tuple]:
     return x, ()
 
 
-def _targets(raw: Raw, config: DataConfig, splits: Splits) -> tuple[np.ndarray, tuple[str, ...]]:
+def _targets(values: np.ndarray, raw: Raw, config: DataConfig, splits: Splits) -> tuple[np.ndarray, tuple[str, ...]]:
     where = f"data.source: {config.source}"
     if config.task == "regression":
-        return number_targets(raw.y, where), ()
-    y, classes = class_targets(raw.y, raw.classes, where)
+        return number_targets(values, where), ()
+    y, classes = class_targets(values, raw.classes, where)
     lost = sorted(set(range(len(classes))) - set(y[splits.train].tolist()))
     if lost:
         raise InputError(
@@ -122,7 +123,10 @@ def _learn_parts(x: Inputs, tokens: bool, standardize: bool) -> Parts:
 
 
 def _learn_part(array: np.ndarray, tokens: bool, standardize: bool) -> Part:
-    """Scale of one array by its training rows: a column (rows, columns), a channel (rows, channels, h, w), else one number."""
+    """Scale of one array by its training rows.
+
+    By column for (rows, columns), by channel for (rows, channels, height, width), else one number for all.
+    """
     shape = array.shape[1:]
     image = array.dtype == np.uint8 and array.ndim > 2
     if tokens and array.dtype.kind in "iu" and not image:

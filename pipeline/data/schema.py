@@ -92,14 +92,14 @@ class DataSchema:
         """What inputs are divided by, in their structure."""
         return map_arrays(lambda part: part.std, self.parts)
 
-    def encode(self, raw: pa.Table | Inputs, where: str = "x") -> Inputs:
+    def encode(self, raw: Any, where: str = "x") -> Inputs:
         """Bring a table or raw arrays to the network: select, one-hot, scale, standardise.
 
         Raises InputError if columns, shapes or values do not fit.
         """
         return self.scale(self.select(raw, where))
 
-    def select(self, raw: pa.Table | Inputs, where: str = "x") -> Inputs:
+    def select(self, raw: Any, where: str = "x") -> Inputs:
         """The features of a table or raw arrays, checked, before any scaling. Raises InputError."""
         if isinstance(raw, pa.Table):
             raw = self._from_table(raw, where)

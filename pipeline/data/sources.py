@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.arrays import Inputs
 from pipeline.data.columns import plain_values
 from pipeline.data.idx import read_idx_pair
 from pipeline.data.tables import read_bytes, read_csv, read_parquet
@@ -24,7 +23,8 @@ _SKLEARN = ("digits", "breast_cancer", "diabetes", "iris", "wine")
 class Raw:
     """A source as it was read."""
 
-    x: pa.Table | Inputs
+    x: Any
+    """An Arrow table, or `Inputs`."""
     y: np.ndarray | None
     """Targets as they stand there: numbers, bools or text; None if the source has none."""
     names: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def _target_name(table: pa.Table, target: int | str | None, where: str) -> str |
 def _sklearn(name: str, setting: str) -> Raw:
     if name not in _SKLEARN:
         raise InputError(
-            f"{setting}: sklearn:{name} is not known; there are {', '.join(_SKLEARN)}. Save other sets to a file and use csv:"
+            f"{setting}: sklearn:{name} is not known; there are {', '.join(_SKLEARN)}. Others: save to a file, use csv:"
         )
     from sklearn import datasets  # slow to import, and seldom needed
 

@@ -28,13 +28,14 @@ class Splits:
 def split_rows(config: DataConfig, rows: int, seed: int) -> Splits:
     """Cut `rows` rows into training, validation and test. Raises InputError.
 
-    Named rows are taken as they are named. A fraction takes round(fraction * rows) of the rows that are not named, chosen
-    by the seed, in the source's order. What is left trains, in the source's order, the first `train_rows` of it.
+    Named rows are taken as they are named. A fraction takes round(fraction * rows) of the rows that are not named,
+    chosen by the seed, in the source's order. What is left trains, in the source's order, the first `train_rows` of it.
     """
     taken = np.zeros(rows, dtype=bool)
     chosen: dict[str, np.ndarray] = {}
-    for name, split in (("test", config.test), ("validation", config.validation)):
-        if not isinstance(split, float):
+    both: tuple[tuple[str, Split], ...] = (("test", config.test), ("validation", config.validation))
+    for name, split in both:
+        if not isinstance(split, (float, int)):
             chosen[name] = _named_rows(split, rows, f"data.{name}")
             if taken[chosen[name]].any():
                 row = int(chosen[name][taken[chosen[name]]][0])
@@ -42,8 +43,8 @@ def split_rows(config: DataConfig, rows: int, seed: int) -> Splits:
                 raise InputError(f"data.validation and data.test share {count} rows, the first is row {row}")
             taken[chosen[name]] = True
     order = stream(seed, "split").permutation(rows)
-    for name, split in (("test", config.test), ("validation", config.validation)):
-        if isinstance(split, float):
+    for name, split in both:
+        if isinstance(split, (float, int)):
             chosen[name] = _fraction(split, rows, order, taken, f"data.{name}")
             taken[chosen[name]] = True
     train = np.flatnonzero(~taken)

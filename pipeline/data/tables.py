@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import cast
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+from fsspec.core import OpenFile
+from pyarrow import csv, parquet
 
 from pipeline.errors import InputError
 from pipeline.own_code import cause
@@ -22,7 +23,7 @@ _SAMPLE_LINES = 50
 def read_bytes(uri: str, setting: str) -> bytes:
     """Read a file from a path or URI, unpacked if its name ends in .gz, .bz2 or .xz. Raises InputError."""
     try:
-        with fsspec.open(uri, "rb", compression="infer") as file:
+        with cast(OpenFile, fsspec.open(uri, "rb", compression="infer")) as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{setting}: {uri}: no such file") from error
@@ -36,7 +37,7 @@ def read_parquet(uri: str, setting: str = "data.source") -> pa.Table:
     """Read one Parquet file. Raises InputError."""
     data = read_bytes(uri, setting)
     try:
-        table = pa.parquet.read_table(pa.BufferReader(data))
+        table = parquet.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{setting}: {uri} is no Parquet file: {cause(error)}") from error
     return table.drop_columns([name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)])
@@ -71,11 +72,11 @@ def read_csv(uri: str, setting: str = "data.source") -> pa.Table:
 
 def _parse(text: str, names: list[str], header: bool, delimiter: str, decimal: str, where: str) -> pa.Table:
     try:
-        return pa.csv.read_csv(
+        return csv.read_csv(
             pa.BufferReader(text.encode()),
-            read_options=pa.csv.ReadOptions(column_names=names, skip_rows=_header_line(text) if header else 0),
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(null_values=_NULLS, strings_can_be_null=True, decimal_point=decimal),
+            read_options=csv.ReadOptions(column_names=names, skip_rows=_header_line(text) if header else 0),
+            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=csv.ConvertOptions(null_values=_NULLS, strings_can_be_null=True, decimal_point=decimal),
         )
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where} is no table: {cause(error)}") from error
@@ -94,7 +95,7 @@ def _check_names(names: list[str], where: str) -> None:
         raise InputError(f"{where}: the column '{twice[0]}' is there {names.count(twice[0])} times; rename one")
     if "" in names:
         raise InputError(
-            f"{where}: column {names.index('')} has no name; if it is a row number, save without it (pandas: index=False)"
+            f"{where}: column {names.index('')} has no name; if it is a row number, leave it out (pandas: index=False)"
         )
 
 
