@@ -46,7 +46,7 @@ def read_source(source: str, target: int | str | None, setting: str, *, held_out
     """
     kind, _, rest = source.partition(":")
     if kind in ("csv", "parquet"):
-        table = read_csv(rest, setting) if kind == "csv" else read_parquet(rest, setting)
+        table = read_csv(rest, setting, target) if kind == "csv" else read_parquet(rest, setting)
         return _cut_target(table, target, f"{setting}: {rest}")
     if kind == "sklearn":
         return _sklearn(rest, setting)

@@ -43,10 +43,11 @@ def read_parquet(uri: str, setting: str = "data.source") -> pa.Table:
     return table.drop_columns([name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)])
 
 
-def read_csv(uri: str, setting: str = "data.source") -> pa.Table:
+def read_csv(uri: str, setting: str = "data.source", target: int | str | None = None) -> pa.Table:
     """Read delimited text; finds delimiter, header and decimal comma by itself.
 
-    Without a header the columns are called 0, 1, ... and the table's metadata say ``headerless``. Raises InputError.
+    Without a header the columns are called 0, 1, ... and the table's metadata say ``headerless``. A first line that holds
+    the name of the target is a header. Raises InputError.
     """
     data = read_bytes(uri, setting)
     try:
@@ -60,7 +61,8 @@ def read_csv(uri: str, setting: str = "data.source") -> pa.Table:
     if delimiter == " ":
         text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     cells = [split_line(line, delimiter) for line in lines]
-    header = has_header(cells)
+    named = isinstance(target, str) and not is_number(target) and target in cells[0]
+    header = named or has_header(cells)
     names = cells[0] if header else [str(column) for column in range(len(cells[0]))]
     _check_names(names, f"{setting}: {uri}")
     comma = delimiter != "," and any(_DECIMAL_COMMA.fullmatch(cell) for row in cells[1:] for cell in row)
