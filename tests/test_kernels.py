@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.bayes.batched import BatchedMLP, even_chunks, mlp_chunk, parse_mlp
+from pipeline.bayes.batched import BatchedChain, block_rows, chunk_walks, even_parts
+from pipeline.bayes.chain import Layer, parse_chain
 from pipeline.bayes.kernels import choose_form, compile_pays, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
@@ -66,6 +69,29 @@ def conv_net(outputs: int) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(4, outputs),
     )
+
+
+CONV_NETS = {
+    "mean then max": conv_net(3),
+    "strided": nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 4, (2, 3), stride=(1, 2), padding=(0, 1)),
+        nn.GELU(), nn.Flatten(), nn.Linear(4 * 3 * 2, 6), nn.Tanh(), nn.Linear(6, 3),
+    ),
+    "padded after tanh": nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3, padding=2, bias=False), nn.SiLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3 * 4 * 4, 3),
+    ),
+    "pool first, cropped": nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(2, 3, 2), nn.AvgPool2d((2, 1)), nn.Softplus(),
+        nn.Flatten(), nn.Linear(3 * 1 * 2, 3),
+    ),
+    "max cropped, no activation": nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.MaxPool2d(3), nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)
+    ),
+    "large stride": nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 2, stride=3, padding=1), nn.Flatten(), nn.Linear(27, 3)
+    ),
+}  # fmt: skip
 
 
 def problem(
@@ -145,15 +171,6 @@ def test_row_subset_is_the_gradient_of_these_rows(form):
     assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float64)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50])
-def test_chunks_of_walks_change_nothing_but_rounding(chunk):
-    network, x, y, theta = problem(mlp(nn.GELU(), 3), Categorical(3), torch.float64, walks=7)
-    layers = parse_mlp(network.module, network.dim)
-    assert layers is not None
-    found = BatchedMLP(layers, Categorical(3), x, y, chunk)(theta)
-    assert_same(found, truth(network, Categorical(3), x, y, theta), torch.float64)
-
-
 def test_calls_with_one_shape_give_the_same_bits_and_share_no_memory():
     network, x, y, theta = problem(mlp(nn.Tanh(), 3), Categorical(3), torch.float32)
     kernel = nll_gradient(network, Categorical(3), x, y, form="batched")
@@ -172,11 +189,44 @@ def test_layers_without_bias_and_walks_that_are_views():
     assert_same(found, truth(network, Categorical(3), x, y, theta[::2]), torch.float64)
 
 
-@pytest.mark.parametrize("form", ["vmap", "loop"])
-def test_general_forms_take_conv_nets(form):
-    network, x, y, theta = problem(conv_net(3), Categorical(3), torch.float64, (1, 8, 8))
+@pytest.mark.parametrize("form", ["batched", "vmap", "loop"])
+@pytest.mark.parametrize("name", CONV_NETS)
+def test_each_form_takes_conv_nets(name, form):
+    network, x, y, theta = problem(CONV_NETS[name], Categorical(3), torch.float64, (1, 8, 8))
     found = nll_gradient(network, Categorical(3), x, y, form=form)(theta)
     assert_same(found, truth(network, Categorical(3), x, y, theta), torch.float64)
+
+
+def test_equal_maxima_give_their_slope_to_the_first_as_in_torch():
+    network, x, y, theta = problem(conv_net(3), Categorical(3), torch.float64, (1, 8, 8))
+    x[:, :, 2:] = 0.0
+    theta[:, 40:] = theta[:, 40:].round()
+    found = nll_gradient(network, Categorical(3), x, y, form="batched")(theta)
+    assert_same(found, truth(network, Categorical(3), x, y, theta), torch.float64)
+
+
+@pytest.mark.parametrize("walks", [2, 50])
+@pytest.mark.parametrize("rows", [5, 16, 37])
+@pytest.mark.parametrize("image", [False, True])
+def test_blocks_of_rows_change_nothing_but_rounding(image, rows, walks):
+    module, shape = (conv_net(3), (1, 8, 8)) if image else (mlp(nn.GELU(), 3), (4,))
+    network, x, y, theta = problem(module, Categorical(3), torch.float64, shape, walks=7)
+    chain = parse_chain(network.module, network.dim)
+    assert chain is not None
+    kernel = BatchedChain(chain, Categorical(3), x, y, walks, rows)
+    expected = truth(network, Categorical(3), x, y, theta)
+    assert_same(kernel(theta), expected, torch.float64)
+    assert_same(kernel(theta), expected, torch.float64)
+    some = torch.tensor([36, 1, 1, 8])
+    assert_same(kernel(theta, some), truth(network, Categorical(3), x[some], y[some], theta), torch.float64)
+
+
+def test_images_without_a_channel_axis_are_unflattened():
+    module = nn.Sequential(nn.Unflatten(1, (1, 8)), *conv_net(3))
+    network, x, y, theta = problem(module, Categorical(3), torch.float32, (8, 8))
+    assert choose_form(module, ROWS, network.dim, "cpu") == "batched"
+    found = nll_gradient(network, Categorical(3), x, y, form="batched")(theta)
+    assert_same(found, truth(network, Categorical(3), x, y, theta), torch.float32)
 
 
 def test_large_weights_do_not_overflow():
@@ -185,33 +235,24 @@ def test_large_weights_do_not_overflow():
     assert gradient.isfinite().all() and nll.isfinite().all()
 
 
-def drop_bias(kernel: BatchedMLP) -> None:
-    """Break the kernel: the second layer's bias gets no gradient."""
-    layer = kernel.layers[1]
-    assert layer.bias is not None
-    inner = kernel._pass
-
-    def broken(walks: int, rows: int):
-        work = inner(walks, rows)
-        run = work.run
-
-        def without_bias(theta, x, loss, gradient, nll):
-            run(theta, x, loss, gradient, nll)
-            biases = layer.biases(gradient)
-            assert biases is not None
-            biases.zero_()
-
-        work.run = without_bias
-        return work
-
-    kernel._pass = broken
-
-
-def test_the_check_catches_a_dropped_bias_gradient():
-    network, x, y, theta = problem(mlp(nn.Tanh(), 3), Categorical(3), torch.float32)
+@pytest.mark.parametrize("broken", [(False, "bias"), (True, "bias"), (False, "weight"), (True, "weight")])
+def test_the_check_catches_a_dropped_gradient(broken, monkeypatch):
+    image, part = broken
+    module, shape = (conv_net(3), (1, 8, 8)) if image else (mlp(nn.Tanh(), 3), (4,))
+    network, x, y, theta = problem(module, Categorical(3), torch.float32, shape)
     kernel = nll_gradient(network, Categorical(3), x, y, form="batched")
-    assert isinstance(kernel, BatchedMLP)
-    drop_bias(kernel)
+    assert isinstance(kernel, BatchedChain)
+    layer, whole = kernel.layers[1], Layer.write
+
+    def write(self: Layer, packed: Tensor, gradient: Tensor) -> None:
+        whole(self, packed, gradient)
+        if self == layer and part == "bias":
+            cast(Tensor, self.biases(gradient)).zero_()
+        elif self == layer:
+            self.weights(gradient)[:, 0, 0] *= 1.01
+
+    assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float32)
+    monkeypatch.setattr(Layer, "write", write)
     with pytest.raises(AssertionError, match="gradient"):
         assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float32)
 
@@ -248,15 +289,16 @@ def test_plain_chains_run_batched_and_unknown_forms_are_refused():
 
 @pytest.mark.parametrize(("walks", "most"), [(1, 1), (7, 3), (128, 64), (100, 64), (5, 100)])
 def test_chunks_cover_all_walks_evenly(walks, most):
-    chunks = even_chunks(walks, most)
+    chunks = even_parts(walks, most)
     sizes = [b - a for a, b in chunks]
     assert sum(sizes) == walks and max(sizes) <= most and max(sizes) - min(sizes) <= 1
     assert [a for a, _ in chunks[1:]] == [b for _, b in chunks[:-1]]
 
 
-def test_chunk_and_compiling_follow_from_shapes_alone():
-    layers = parse_mlp(mlp(nn.Tanh(), 3), 7 * 5 + 6 * 8 + 3 * 7)
-    assert layers is not None
-    assert mlp_chunk(layers, 10, 1 << 20) > mlp_chunk(layers, 10_000, 1 << 20) >= 1
+def test_chunks_and_compiling_follow_from_shapes_alone():
+    chain = parse_chain(mlp(nn.Tanh(), 3), 7 * 5 + 6 * 8 + 3 * 7)
+    assert chain is not None
+    assert chunk_walks(chain.layers, (4,), 10) > chunk_walks(chain.layers, (4,), 10_000) >= 1
+    assert block_rows(chain.layers, (4,)) >= 1000
     assert not compile_pays(1000, 265, 354)
     assert compile_pays(10_000_000, 265, 354)

@@ -1,196 +1,159 @@
 r"""Gradients of many parameter vectors at once for plain chains of layers, by batched matrix products.
 
-Walks are the batch axis. Activations lie features-major, (walks, features, rows), so that rows run along memory; each
-carries one more feature that is always 1, and the weights one more column for the bias, so that biases and their
-gradients come out of the same products. The first layer sees the same inputs in every walk and is one large product.
+Walks are the batch axis; convolutions are matrix products over windows that are copied out. A chunk of walks and a
+block of rows pass together, few enough that what lies between the layers stays in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.bayes.activations import IDENTITY, Activation, activation_of
+from pipeline.bayes.chain import Chain, Layer
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.losses import Loss, loss_of
+from pipeline.bayes.passes import LayerPass, Weights
+from pipeline.errors import InputError
+
+Block = tuple[Tensor, Loss]
+"""Inputs of some rows, features-major as the first layer takes them, and the loss of their targets."""
+
+ROW_ELEMENTS = 1 << 20
+"""Most elements between the layers of one walk and one block of rows."""
+CHUNK_ELEMENTS = 1 << 20
+"""About as many elements between the layers of one chunk of walks and one block of rows."""
+MOST_WALKS = 128
 
 
-@dataclass(frozen=True)
-class Dense:
-    """A linear layer and the activation after it, by where its parameters lie in the flat vector."""
-
-    inputs: int
-    outputs: int
-    weight: int
-    """Offset of the weight matrix, (outputs, inputs)."""
-    bias: int | None
-    """Offset of the bias, (outputs,)."""
-    before: Activation
-    """The activation that made the inputs."""
-    after: Activation
-
-    def weights(self, theta: Tensor) -> Tensor:
-        """View of the weight matrices, (W, D) -> (W, outputs, inputs)."""
-        part = theta[:, self.weight : self.weight + self.inputs * self.outputs]
-        return part.view(len(theta), self.outputs, self.inputs)
-
-    def biases(self, theta: Tensor) -> Tensor | None:
-        """View of the biases, (W, D) -> (W, outputs)."""
-        return None if self.bias is None else theta[:, self.bias : self.bias + self.outputs]
-
-    def read(self, theta: Tensor, packed: Tensor) -> None:
-        """Weights and biases as they act on the core values s: packed (W, outputs, inputs + 1)."""
-        q, p, r = self.after.inner, self.before.outer, self.before.shift
-        weight, bias, column = self.weights(theta), self.biases(theta), packed[:, :, -1]
-        torch.mul(weight, q * p, out=packed[:, :, :-1])
-        if r:
-            torch.sum(weight, 2, out=column)
-            column.mul_(q * r)
-        else:
-            column.zero_()
-        if bias is not None:
-            column.add_(bias, alpha=q)
-
-    def write(self, packed: Tensor, gradient: Tensor) -> None:
-        """The gradient with respect to packed, brought back to weights and biases in the flat gradient (W, D)."""
-        q, p, r = self.after.inner, self.before.outer, self.before.shift
-        weight, bias, column = self.weights(gradient), self.biases(gradient), packed[:, :, -1:]
-        torch.mul(packed[:, :, :-1], q * p, out=weight)
-        if r:
-            weight.add_(column, alpha=q * r)
-        if bias is not None:
-            torch.mul(column[:, :, 0], q, out=bias)
-
-
-def parse_mlp(module: nn.Module, dim: int) -> list[Dense] | None:
-    """The layers of a chain of Linear and activations with `dim` parameters, all of them walked; else None."""
-    found: list[tuple[nn.Linear, Activation]] = []
-    for layer in _chain(module):
-        activation = activation_of(layer)
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return None
-        if type(layer) is nn.Linear:
-            found.append((layer, IDENTITY))
-        elif activation is not None and found and found[-1][1] is IDENTITY:
-            found[-1] = (found[-1][0], activation)
-        elif not (type(layer) in (nn.Identity, nn.Dropout) or (_flattens(layer) and not found)):
-            return None
-    dense: list[Dense] = []
-    offset, before = 0, IDENTITY
-    for linear, after in found:
-        end = offset + linear.weight.numel()
-        bias = None if linear.bias is None else end
-        dense.append(Dense(linear.in_features, linear.out_features, offset, bias, before, after))
-        offset, before = end + (0 if bias is None else linear.out_features), after
-    # After a last activation there are no weights that could take in its scale. Tied or fixed weights change `dim`.
-    return dense if dense and before is IDENTITY and offset == dim else None
-
-
-class BatchedMLP:
-    """Gradient of the summed NLL for many parameter vectors of a multilayer perceptron.
+class BatchedChain:
+    """Gradient of the summed NLL for many parameter vectors of a plain chain of layers.
 
     Args:
-        layers: From `parse_mlp`.
+        chain: From `parse_chain`.
         likelihood: Likelihood of a row.
-        x: Inputs, (rows, ...); flattened.
+        x: Inputs, (rows, ...).
         y: Targets, (rows,).
-        chunk: Walks in one pass for a number of rows.
+        walks: Most walks in one pass; None takes what fits the cache.
+        rows: Most rows in one pass; None takes what fits the cache.
+
+    Raises:
+        InputError: The inputs do not have the shape that the first layer takes.
     """
 
-    def __init__(self, layers: Sequence[Dense], likelihood: Likelihood, x: Tensor, y: Tensor, chunk: int):
-        x = x.flatten(1)
-        self.layers, self.likelihood, self.y, self.chunk = tuple(layers), likelihood, y, chunk
-        self.x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        self._loss = loss_of(likelihood, y, x.dtype)
-        self._passes: dict[tuple[int, int], _Pass] = {}
+    def __init__(
+        self,
+        chain: Chain,
+        likelihood: Likelihood,
+        x: Tensor,
+        y: Tensor,
+        walks: int | None = None,
+        rows: int | None = None,
+    ):
+        for module in chain.reshaping:
+            x = module(x)
+        image = chain.layers[0].window is not None
+        if x.ndim != (4 if image else 2):
+            takes = "(rows, channels, height, width)" if image else "(rows, features)"
+            raise InputError(f"walk.form 'batched': the first layer takes {takes}, the inputs are {tuple(x.shape)}.")
+        self.layers, self.likelihood, self.y, self.image = chain.layers, likelihood, y, image
+        self.shape = tuple(x.shape[1:])
+        self.x = x if image else torch.cat([x, x.new_ones(len(x), 1)], 1)
+        self.most_walks, self.most_rows = walks, rows
+        self._blocks = self._split(self.x, y)
+        self._weights: dict[int, list[Weights]] = {}
+        self._passes: dict[tuple[int, int], list[LayerPass]] = {}
 
     @torch.no_grad()
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """theta (W, D) -> gradient (W, D) and summed NLL (W,), over all rows or those with these numbers."""
-        x, loss = self.x, self._loss
-        if rows is not None:
-            x, loss = self.x[rows], loss_of(self.likelihood, self.y[rows], x.dtype)
+        blocks = self._blocks if rows is None else self._split(self.x[rows], self.y[rows])
         gradient, nll = torch.empty_like(theta), theta.new_empty(len(theta))
-        for first, last in even_chunks(len(theta), self.chunk):
-            work = self._pass(last - first, len(x))
-            work.run(theta[first:last], x, loss, gradient[first:last], nll[first:last])
+        most = self.most_walks or chunk_walks(self.layers, self.shape, blocks[0][0].shape[-1])
+        for first, last in even_parts(len(theta), most):
+            self._run(theta[first:last], blocks, gradient[first:last], nll[first:last])
         return gradient, nll
 
-    def _pass(self, walks: int, rows: int) -> _Pass:
+    def _run(self, theta: Tensor, blocks: list[Block], gradient: Tensor, nll: Tensor) -> None:
+        weights = self._weights_of(len(theta))
+        for held in weights:
+            held.read(theta)
+        value = torch.empty_like(nll)
+        nll.zero_()
+        for number, (x, loss) in enumerate(blocks):
+            passes = self._passes_of(len(theta), x.shape[-1])
+            passes[0].feed(x)
+            for this, following in zip(passes[:-1], passes[1:], strict=True):
+                this.forward(following.input)
+            passes[-1].forward(None)
+            loss(passes[-1].slope, value)
+            self._backward(passes, share=1.0 if number else 0.0)
+            nll.add_(value)
+        for held in weights:
+            held.write(gradient)
+
+    def _backward(self, passes: list[LayerPass], share: float) -> None:
+        passes[-1].backward(passes[-2].output_slope if len(passes) > 1 else None, share)
+        for i in range(len(passes) - 2, -1, -1):
+            passes[i].backward_activation()
+            passes[i].backward(passes[i - 1].output_slope if i else None, share)
+
+    def _split(self, x: Tensor, y: Tensor) -> list[Block]:
+        most = self.most_rows or block_rows(self.layers, self.shape)
+        blocks = []
+        for first, last in even_parts(len(x), most):
+            part = x[first:last]
+            part = part.permute(1, 2, 3, 0).contiguous() if self.image else part.T
+            blocks.append((part, loss_of(self.likelihood, y[first:last], x.dtype)))
+        return blocks
+
+    def _weights_of(self, walks: int) -> list[Weights]:
+        if walks not in self._weights:
+            if len(self._weights) == 4:  # walks of a few numbers only; do not hold buffers of all that ever came
+                self._weights.clear()
+                self._passes.clear()
+            self._weights[walks] = [Weights(layer, walks, self.x) for layer in self.layers]
+        return self._weights[walks]
+
+    def _passes_of(self, walks: int, rows: int) -> list[LayerPass]:
         key = walks, rows
         if key not in self._passes:
-            if len(self._passes) == 4:
+            if len(self._passes) == 8:
                 self._passes.clear()
-            self._passes[key] = _Pass(self.layers, walks, rows, self.x)
+            shape, passes = self.shape, []
+            for weights in self._weights_of(walks):
+                passes.append(LayerPass(weights, shape, rows, self.x, first=not passes))
+                shape = passes[-1].output_shape
+            self._passes[key] = passes
         return self._passes[key]
 
 
-class _Pass:
-    """The buffers of one forward and backward pass, and the pass itself."""
-
-    def __init__(self, layers: tuple[Dense, ...], walks: int, rows: int, like: Tensor):
-        self.layers = layers
-        widest = max(layer.outputs for layer in layers)
-        scratch = [like.new_empty(walks * widest * rows) for _ in range(2)]
-        self.packed = [like.new_empty(walks, layer.outputs, layer.inputs + 1) for layer in layers]
-        self.packed_slope = [torch.empty_like(p) for p in self.packed]
-        self.hidden = [like.new_ones(walks, layer.outputs + 1, rows) for layer in layers[:-1]]
-        # Neighbouring layers take turns with two scratch buffers: a layer's sums, and later their slope.
-        self.sums = [
-            scratch[i % 2][: walks * layer.outputs * rows].view(walks, layer.outputs, rows)
-            for i, layer in enumerate(layers)
-        ]
-        self.slopes = list(self.sums)
-        for i, layer in enumerate(layers):
-            if layer.after.saves_input:
-                self.sums[i] = torch.empty_like(self.slopes[i])
-
-    def run(self, theta: Tensor, x: Tensor, loss: Loss, gradient: Tensor, nll: Tensor) -> None:
-        """Forward, loss, backward."""
-        for layer, packed in zip(self.layers, self.packed, strict=True):
-            layer.read(theta, packed)
-        self._forward(x)
-        loss(self.sums[-1], nll)
-        self._backward(x)
-        for layer, packed in zip(self.layers, self.packed_slope, strict=True):
-            layer.write(packed, gradient)
-
-    def _forward(self, x: Tensor) -> None:
-        torch.mm(self.packed[0].flatten(0, 1), x.T, out=self.sums[0].flatten(0, 1))
-        for i, hidden in enumerate(self.hidden):
-            self.layers[i].after.forward(self.sums[i], hidden[:, :-1])
-            torch.bmm(self.packed[i + 1], hidden, out=self.sums[i + 1])
-
-    def _backward(self, x: Tensor) -> None:
-        for i in range(len(self.hidden) - 1, -1, -1):
-            after, hidden, slope = self.layers[i].after, self.hidden[i], self.slopes[i]
-            torch.bmm(self.slopes[i + 1], hidden.transpose(1, 2), out=self.packed_slope[i + 1])
-            torch.bmm(self.packed[i + 1][:, :, :-1].transpose(1, 2), self.slopes[i + 1], out=slope)
-            after.backward(slope, self.sums[i] if after.saves_input else hidden[:, :-1])
-        torch.mm(self.slopes[0].flatten(0, 1), x, out=self.packed_slope[0].flatten(0, 1))
-
-
-def even_chunks(walks: int, most: int) -> list[tuple[int, int]]:
-    """Bounds of the fewest chunks of at most `most` walks, as even as they can be."""
-    count = -(-walks // most)
-    bounds = [walks * i // count for i in range(count + 1)]
+def even_parts(count: int, most: int) -> list[tuple[int, int]]:
+    """Bounds of the fewest parts of at most `most`, as even as they can be."""
+    parts = -(-count // most)
+    bounds = [count * i // parts for i in range(parts + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def mlp_chunk(layers: Sequence[Dense], rows: int, elements: int) -> int:
-    """Walks whose activations and weights together have about so many elements."""
-    per_walk = sum((layer.inputs + layer.outputs + 2) * rows + 2 * layer.outputs * layer.inputs for layer in layers)
-    return max(1, min(256, elements // per_walk))
+def block_rows(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:
+    """Rows of a block: what one walk needs between its layers fits the cache."""
+    return max(32, ROW_ELEMENTS // _elements(layers, shape) // 16 * 16)
 
 
-def _chain(module: nn.Module) -> list[nn.Module]:
-    if type(module) is not nn.Sequential:
-        return [module]
-    return [layer for child in module for layer in _chain(child)]
+def chunk_walks(layers: tuple[Layer, ...], shape: tuple[int, ...], rows: int) -> int:
+    """Walks of a chunk: what they need between their layers and for their weights fits the cache."""
+    weights = sum(2 * layer.inputs * layer.outputs for layer in layers)
+    return max(1, min(MOST_WALKS, CHUNK_ELEMENTS // (_elements(layers, shape) * rows + weights)))
 
 
-def _flattens(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Flatten) and layer.start_dim == 1 and layer.end_dim == -1
+def _elements(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:
+    """Elements between the layers of one walk for one row."""
+    total = 0
+    for number, layer in enumerate(layers):
+        positions = layer.window.positions(shape[-2], shape[-1]) if layer.window else ()
+        columns = layer.inputs if number else 0  # the first layer's are shared by all walks
+        total += (columns + layer.outputs) * math.prod(positions)
+        pool = layer.pool.size if layer.pool else (1, 1)
+        shape = (layer.outputs, *(n // k for n, k in zip(positions, pool, strict=False)))
+    return total

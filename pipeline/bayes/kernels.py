@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from pipeline.bayes.batched import BatchedMLP, even_chunks, mlp_chunk, parse_mlp
+from pipeline.bayes.batched import BatchedChain, even_parts
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import NllGradient
@@ -36,7 +37,7 @@ def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.devi
         dim: Number of walked parameters.
         device: Where it is computed.
     """
-    if parse_mlp(module, dim) is not None:
+    if parse_chain(module, dim) is not None:
         return "batched"
     # A large network fills a CPU core alone, and vmap's batched convolutions cost it more than they save.
     return "loop" if torch.device(device).type == "cpu" and rows * dim > LOOP_FROM else "vmap"
@@ -74,13 +75,13 @@ def nll_gradient(
         InputError: The form is unknown, or "batched" for a network that is not a plain chain of layers.
     """
     if form == "batched":
-        layers = parse_mlp(network.module, network.layout.dim)
-        if layers is None:
+        chain = parse_chain(network.module, network.layout.dim)
+        if chain is None:
             raise InputError(
-                "walk.form 'batched' needs an nn.Sequential of Linear and elementwise activations with all of its "
-                "parameters walked. Use 'vmap', or leave the choice out."
+                "walk.form 'batched' needs an nn.Sequential of Conv2d, pooling, Linear and elementwise "
+                "activations with all of its parameters walked. Use 'vmap', or leave the choice out."
             )
-        return BatchedMLP(layers, likelihood, x, y, mlp_chunk(layers, row_count(x), CACHE_ELEMENTS))
+        return BatchedChain(chain, likelihood, x, y)
     if form == "vmap":
         return _Vmap(network, likelihood, x, y, compile and _compiler_found())
     if form == "loop":
@@ -88,7 +89,6 @@ def nll_gradient(
     raise InputError(f"walk.form must be one of {', '.join(FORMS)}, got '{form}'.")
 
 
-CACHE_ELEMENTS = 1 << 20
 MEMORY_ELEMENTS = 1 << 24
 
 
@@ -132,7 +132,7 @@ class _Vmap(_General):
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = self._rows(rows)
         chunk = max(1, min(128, MEMORY_ELEMENTS // (self._activations * row_count(x) + theta.shape[1])))
-        parts = [self._run(theta[a:b], x, y) for a, b in even_chunks(len(theta), chunk)]
+        parts = [self._run(theta[a:b], x, y) for a, b in even_parts(len(theta), chunk)]
         return torch.cat([g for g, _ in parts]), torch.cat([v for _, v in parts])
 
     def _run(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
