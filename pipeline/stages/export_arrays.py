@@ -117,6 +117,7 @@ class ZarrWriter(_Arrays):
                 chunks=self._chunks(shape, np.dtype(kind).itemsize),
                 dtype=kind,
                 compressors=None,
+                fill_value=None,  # xarray would read the fill value as missing
                 attributes={"_ARRAY_DIMENSIONS": names},
             )
             self._open[group, name] = array
@@ -130,7 +131,7 @@ class ZarrWriter(_Arrays):
     @staticmethod
     def _small(group: Any, name: str, values: np.ndarray, dimension: str | None = None) -> None:
         attributes = {"_ARRAY_DIMENSIONS": [dimension or name]}
-        array = group.create_array(name, shape=values.shape, dtype=values.dtype, attributes=attributes)
+        array = group.create_array(name, shape=values.shape, dtype=values.dtype, fill_value=None, attributes=attributes)
         array[...] = values
 
     def _put(self, group: str, name: str, chains: slice, draw: int, values: np.ndarray) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey, WalkPlan
-from pipeline.storage import Storage
 from pipeline.store import SampleStore
 
 BATCH_BYTES = 16 * 2**20
@@ -171,22 +170,31 @@ def read(store: SampleStore, selection: Selection) -> Iterator[Points]:
             records = plan.records_in_block(block)
             draws = draw_of[records.start : records.stop].reshape(-1)
             if (draws >= 0).any():
-                file = BlockKey(shard.index, block).path
-                yield from _block(store.storage, file, np.tile(chains, len(records)), draws, plan)
+                yield from _block(store, BlockKey(shard.index, block), np.tile(chains, len(records)), draws)
 
 
-def _block(storage: Storage, path: str, chains: np.ndarray, draws: np.ndarray, plan: WalkPlan) -> Iterator[Points]:
+def _block(store: SampleStore, key: BlockKey, chains: np.ndarray, draws: np.ndarray) -> Iterator[Points]:
     """Yield the chosen rows of one block; rows are ordered by record, then walk."""
-    row_bytes = plan.dim * np.dtype(plan.dtype).itemsize
-    with storage.open_input(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+    row_bytes = store.plan.dim * np.dtype(store.plan.dtype).itemsize
+    file, _ = store.open_block(key)
+    with file:
         first = 0
-        columns = [*STATS, "status", "theta"]
-        for batch in file.iter_batches(batch_size=max(1, BATCH_BYTES // row_bytes), columns=columns):
+        for batch in _batches(store, file, max(1, BATCH_BYTES // row_bytes), key):
             rows = slice(first, first + len(batch))
             first += len(batch)
             chosen = np.flatnonzero((draws[rows] >= 0) & (chains[rows] >= 0))
             if len(chosen):
                 yield _points(batch, chosen, chains[rows][chosen], draws[rows][chosen])
+
+
+def _batches(store: SampleStore, file: pq.ParquetFile, rows: int, key: BlockKey) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=rows, columns=[*STATS, "status", "theta"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunError(
+            f"{store.storage.uri}/{key.path}: {' '.join(str(error).split())}. "
+            f"Run 'fiberwalk verify {store.storage.uri} --repair', then run and export again."
+        ) from error
 
 
 def _points(batch: pa.RecordBatch, chosen: np.ndarray, chain: np.ndarray, draw: np.ndarray) -> Points:
@@ -206,10 +214,9 @@ def _scalars(store: SampleStore, shard: int, walks: int) -> tuple[np.ndarray, np
     """Status and drift of all records of a shard, (records, walks)."""
     status, drift = [], []
     for block in range(store.plan.blocks_per_shard):
-        with store.storage.open_input(BlockKey(shard, block).path) as source:
-            table = pq.read_table(source, columns=["status", "radius"])
-        status.append(table["status"].to_numpy())
-        drift.append(table["radius"].to_numpy())
+        found = store.read_columns(BlockKey(shard, block), ["status", "radius"])
+        status.append(found["status"])
+        drift.append(found["radius"])
     return np.concatenate(status).reshape(-1, walks), np.concatenate(drift).reshape(-1, walks)
 
 
