@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.bayes.bootstrap import Score, bootstrap, resample_counts, row_mean
+from pipeline.bayes.bootstrap import Score, bootstrap, row_mean
 from pipeline.bayes.mixture import component_nll, mixture_cdf, mixture_crps, mixture_nll, mixture_quantile
 
 BINS = 15
 HIGHER_IS_BETTER = frozenset({"accuracy", "auroc"})
+NOT_RANKED = frozenset({"coverage", "width", "nll_per_draw"})
+"""Metrics of which neither more nor less is better by itself."""
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -174,8 +176,5 @@ def compare(better: Score, than: Score, metric: str) -> dict[str, float | bool |
     difference = better.minus(than)
     signed = difference.value if metric in HIGHER_IS_BETTER else -difference.value
     beyond = abs(difference.value) > 2 * difference.se and difference.value != 0
-    verdict = "undecided" if not beyond or metric in ("coverage", "width") else ("better" if signed > 0 else "worse")
+    verdict = "undecided" if not beyond or metric in NOT_RANKED else ("better" if signed > 0 else "worse")
     return {**difference.to_json(), "verdict": verdict}
-
-
-__all__ = ["Score", "bootstrap", "classification_scores", "regression_scores", "resample_counts", "row_mean"]

@@ -100,17 +100,17 @@ class PredictiveAverage:
         self._components: list[tuple[np.ndarray, np.ndarray]] = []
         self._nll = 0.0 if y is None else np.zeros(len(y))
 
-    def add(self, network: Network, theta: Tensor, x: Tree) -> None:
-        """Add draws theta (b, D) predicted for the rows x."""
-        parts = [self._predict(outputs) for _, outputs in draw_outputs(network, theta, x)]
+    def add(self, network: Network, theta: Tensor, x: Tree, likelihood: Likelihood | None = None) -> None:
+        """Add draws theta (b, D) predicted for the rows x; `likelihood` where starts have estimated their own noise."""
+        parts = [self._predict(outputs, likelihood) for _, outputs in draw_outputs(network, theta, x)]
         self.add_predictions(*(np.concatenate([p[i] for p in parts], axis=1) for i in range(len(parts[0]))))
 
-    def add_outputs(self, outputs: Tensor) -> None:
+    def add_outputs(self, outputs: Tensor, likelihood: Likelihood | None = None) -> None:
         """Add draws by their network outputs, (b, rows, columns)."""
-        self.add_predictions(*self._predict(outputs.double()))
+        self.add_predictions(*self._predict(outputs.double(), likelihood))
 
-    def _predict(self, outputs: Tensor) -> tuple[np.ndarray, ...]:
-        prediction = self._likelihood.predict(outputs)
+    def _predict(self, outputs: Tensor, likelihood: Likelihood | None = None) -> tuple[np.ndarray, ...]:
+        prediction = (likelihood or self._likelihood).predict(outputs)
         if prediction.probabilities is not None:
             return (prediction.probabilities.numpy(),)
         assert prediction.mean is not None and prediction.variance is not None

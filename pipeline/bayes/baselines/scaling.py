@@ -1,4 +1,4 @@
-"""One number fitted on validation rows: the temperature of class probabilities, or the width of a regression mixture."""
+"""One number fitted on validation rows: the temperature of probabilities, or the width of a regression mixture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from pipeline.bayes.metrics import class_nll, entropy
 from pipeline.bayes.mixture import component_nll
 from pipeline.bayes.predictive import Averaged
-
-_LIMIT = float(np.log(1e4))
 
 
 def _scaled_nll(log_scale: torch.Tensor, averaged: Averaged, y: torch.Tensor) -> torch.Tensor:
@@ -30,8 +28,9 @@ def _scaled_nll(log_scale: torch.Tensor, averaged: Averaged, y: torch.Tensor) ->
 def fit_scale(averaged: Averaged, y: np.ndarray) -> float:
     """Scale that minimises the mean NLL on the given (validation) rows, by L-BFGS on its logarithm.
 
-    A temperature for probabilities (Guo et al. 2017); for a mixture of Gaussians the factor by which the whole predictive
-    distribution is stretched about its mean. Held to [1e-4, 1e4].
+    A temperature for probabilities (Guo et al. 2017); for a mixture of Gaussians the factor by which the whole
+    predictive distribution is stretched about its mean. A normal prior of unit width on the logarithm keeps it finite
+    where every validation row is right; it counts like half a nat in all and vanishes against many rows.
     """
     target = torch.as_tensor(y)
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -39,12 +38,12 @@ def fit_scale(averaged: Averaged, y: np.ndarray) -> float:
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        loss = _scaled_nll(log_scale.clamp(-_LIMIT, _LIMIT), averaged, target)
+        loss = _scaled_nll(log_scale, averaged, target) + 0.5 * log_scale**2 / len(target)
         loss.backward()
         return loss
 
     optimiser.step(closure)
-    found = float(log_scale.detach().clamp(-_LIMIT, _LIMIT))
+    found = float(log_scale.detach())
     return float(np.exp(found)) if np.isfinite(found) else 1.0
 
 

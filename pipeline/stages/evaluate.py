@@ -1,0 +1,213 @@
+"""Hold the walk and the deformation against controls and baselines on the test rows, and write the numbers down.
+
+Every choice (radius, temperature, prior factor, learning rate) is made before a test target is read. The result is a
+function of the stored objects alone: no times, no machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.bayes.baselines.laplace import LARGEST_DIM, Laplace
+from pipeline.bayes.bootstrap import Score, resample_counts
+from pipeline.bayes.metrics import (
+    HIGHER_IS_BETTER,
+    NOT_RANKED,
+    classification_scores,
+    compare,
+    detection_scores,
+    regression_scores,
+)
+from pipeline.bayes.predictive import Averaged
+from pipeline.plan import stream
+from pipeline.progress import Progress
+from pipeline.run import Run
+from pipeline.stages import figures, methods
+from pipeline.stages.comparison import Comparison
+from pipeline.stages.methods import Method, Unavailable
+from pipeline.stages.paths import Paths, read_paths
+from pipeline.stages.table import evaluation_table
+from pipeline.store import SampleStore
+
+EVALUATION = "evaluation.json"
+__all__ = ["EVALUATION", "evaluate", "evaluation_table"]
+
+
+def evaluate(run: Run, report: Progress) -> None:
+    """Write ``evaluation.json`` and what the report draws from, ``evaluation/figures.safetensors``.
+
+    Raises:
+        RunError: An earlier stage is not done.
+    """
+    if run.storage.exists(EVALUATION):
+        return
+    store = SampleStore.open(run.storage.uri)
+    paths, choice = read_paths(store), run.storage.read_json("radius.json")
+    comparison = Comparison.open(run, store.plan.starts, figures.inputs(run))
+    found: dict[str, Method] = {}
+    skipped: dict[str, str] = {}
+    wanted = _builders(comparison, store, paths, choice["radius"], found)
+    with report.bar("evaluation", len(wanted)) as bar:
+        for name, build in wanted.items():
+            try:
+                found[name] = build()
+            except Unavailable as reason:
+                skipped[name] = str(reason)
+                report.note(f"{name} left out: {reason}")
+            bar.advance(1, name)
+    shown = {name: method for name, method in found.items() if not name.startswith("_")}
+    scores = {name: score(comparison, method.averages["test"]) for name, method in shown.items()}
+    detection = {name: _detection(comparison, shown, name) for name in run.dataset.ood}
+    result = {
+        **_facts(run, store, paths, choice),
+        "methods": {name: _json(values) for name, values in scores.items()},
+        "difference": _differences(scores),
+        "leaders": _leaders(scores),
+        "ood": {name: {method: _json(values) for method, values in by.items()} for name, by in detection.items()},
+        "ood_difference": {name: _differences(by) for name, by in detection.items()},
+        "choices": {name: method.choices for name, method in shown.items() if method.choices},
+        "skipped": skipped,
+    }
+    if run.storage.exists("deformation/deformation.json"):
+        result["deformation"] = run.storage.read_json("deformation/deformation.json")
+    averages = {name: method.averages for name, method in shown.items()}
+    run.storage.create(figures.FIGURES, figures.collect(comparison, store, paths, choice["radius"], averages))
+    run.storage.create_json(EVALUATION, result)
+
+
+def _builders(
+    c: Comparison, store: SampleStore, paths: Paths, radius: float, found: dict[str, Method]
+) -> dict[str, Callable[[], Method]]:
+    """What to compute, in the order of the table; later entries may use `found` ones."""
+    asked = set(c.run.config.evaluation.baselines)
+    if len(c.problems) > 1:
+        asked |= {"ensemble", "ensemble_temperature"}
+    fitted: list[Laplace | None] = []
+
+    def laplace() -> Laplace | None:
+        if not fitted:
+            problem = c.problems[0]
+            small = problem.network.dim <= LARGEST_DIM
+            fitted.append(Laplace.fit(problem.potential, problem.theta_star) if small else None)
+        return fitted[0]
+
+    def base(name: str) -> Method:
+        if name not in found:
+            raise Unavailable(f"needs {name}")
+        return found[name]
+
+    baselines: dict[str, Callable[[], Method]] = {
+        "temperature": lambda: methods.tempered(c, base("map")),
+        "random": lambda: methods.random_directions(c, store.plan.radii()),
+        "gaussian": lambda: Method(c.average(methods.gaussian_draws(c, store, paths, radius))),
+        "laplace": lambda: methods.laplace(c, laplace(), linearised=False),
+        "laplace_linearised": lambda: methods.laplace(c, laplace(), linearised=True),
+        "swag": lambda: methods.swag(c),
+        "ensemble": lambda: methods.ensemble(c),
+        "ensemble_temperature": lambda: methods.tempered(c, base("ensemble")),
+    }
+    wanted: dict[str, Callable[[], Method]] = {"map": lambda: methods.map_estimate(c)}
+    wanted["walk"] = lambda: Method(c.average(methods.walk_draws(c, store, paths, radius)))
+    if c.run.config.deformation.kind != "none":
+        wanted["deformation"] = lambda: Method(c.average(_deformation_draws(c, radius)))
+    return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
+
+
+def _deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
+    from pipeline.stages.deform import load_deformation
+
+    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
+        if share:
+            model = load_deformation(c.run, start)
+            rng = stream(c.run.config.seed, "evaluate-deformation", start)
+            for first in range(0, share, c.batch()):
+                yield start, model.draw(rng, min(c.batch(), share - first), radius)
+
+
+def score(c: Comparison, averaged: Averaged) -> dict[str, Score]:
+    """All metrics of a method on the test rows, in the target's own unit; resamples are the same for every method."""
+    y = c.targets["test"]
+    counts = resample_counts(stream(c.run.config.seed, "bootstrap"), len(y))
+    if averaged.probabilities is not None:
+        return classification_scores(averaged.probabilities, y, averaged.nll_draws, counts)
+    assert averaged.mean is not None and averaged.variance is not None
+    return regression_scores(averaged.mean, averaged.variance, y, counts)
+
+
+def _detection(c: Comparison, found: dict[str, Method], name: str) -> dict[str, dict[str, Score]]:
+    """Separation of one out-of-distribution set from the test rows, by total and by epistemic uncertainty."""
+    scores: dict[str, dict[str, Score]] = {}
+    for method, result in found.items():
+        inside, outside = result.averages["test"], result.averages[f"ood/{name}"]
+        total = detection_scores(inside.total, outside.total, stream(c.run.config.seed, "bootstrap-ood"))
+        scores[method] = total
+        if inside.draws > 1:
+            rng = stream(c.run.config.seed, "bootstrap-ood")
+            epistemic = detection_scores(inside.epistemic, outside.epistemic, rng)
+            scores[method] |= {f"{metric}_epistemic": value for metric, value in epistemic.items()}
+    return scores
+
+
+def _differences(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Any]]:
+    """Paired differences of walk and deformation to every other method, with a verdict only beyond two errors."""
+    result: dict[str, dict[str, Any]] = {}
+    for ours in ("walk", "deformation"):
+        for other in scores if ours in scores else ():
+            if other != ours:
+                common = [metric for metric in scores[ours] if metric in scores[other]]
+                pairs = {m: compare(scores[ours][m], scores[other][m], m.removesuffix("_epistemic")) for m in common}
+                result[f"{ours}-{other}"] = pairs
+    return result
+
+
+def _facts(run: Run, store: SampleStore, paths: Paths, choice: dict[str, Any]) -> dict[str, Any]:
+    """What was evaluated: sizes, the choice of the radius, and what the walks did."""
+    data, plan = run.dataset, store.plan
+    points = {metric: paths.at(getattr(paths, metric), choice["radius"]) for metric in ("distance", "grad_norm")}
+    return {
+        "run_id": run.config.run_id,
+        "task": run.config.data.task,
+        "radius": choice["radius"],
+        "rule": choice["rule"],
+        "gamma": choice["gamma"],
+        "radius_curve": choice["curve"],
+        "draws": run.config.evaluation.draws,
+        "rows": {name: len(getattr(data, name).y) for name in ("train", "validation", "test")},
+        "walk": {
+            "walks": plan.walks,
+            "starts": plan.starts,
+            "diverged": int(paths.diverged.sum()),
+            "halved": int(paths.halved.any(axis=1).sum()),
+            "gradient_evaluations": plan.walks * plan.steps * max(plan.corrections, 0),
+            "dim": plan.dim,
+            "length": plan.length,
+            "mean_distance": float(points["distance"].mean()),
+            "mean_gradient_norm": float(points["grad_norm"].mean()),
+        },
+        "blocks": store.digest(),
+    }
+
+
+def _json(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
+    """Scores as JSON; what is not finite becomes null."""
+    parts = {name: value.to_json() for name, value in scores.items()}
+    return {name: {k: v if math.isfinite(v) else None for k, v in part.items()} for name, part in parts.items()}
+
+
+def _leaders(scores: dict[str, dict[str, Score]]) -> dict[str, list[str]]:
+    """For each metric the best method, followed by those that it does not beat beyond two errors of the difference."""
+    result: dict[str, list[str]] = {}
+    for metric in next(iter(scores.values())):
+        if metric in NOT_RANKED:
+            continue
+        values = {name: s[metric].value for name, s in scores.items() if math.isfinite(s[metric].value)}
+        order = sorted(values, key=lambda name: -values[name] if metric in HIGHER_IS_BETTER else values[name])
+        if order:
+            best = scores[order[0]][metric]
+            tied = [n for n in order[1:] if compare(best, scores[n][metric], metric)["verdict"] != "better"]
+            result[metric] = [order[0], *tied]
+    return result

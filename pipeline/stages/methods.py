@@ -1,0 +1,179 @@
+"""Every method of the table as a stream of draws: the walk, and the controls and baselines it is held against.
+
+Whatever a method can tune is tuned on the validation rows, or by the same rule on training rows as the walk's radius.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
+from pipeline.bayes.baselines.scaling import fit_scale, rescale
+from pipeline.bayes.baselines.swag import RATES, Swag
+from pipeline.bayes.predictive import Averaged, AveragedLikelihood
+from pipeline.plan import stream
+from pipeline.stages.comparison import Comparison, Draws
+from pipeline.stages.paths import Paths, read_points
+from pipeline.store import SampleStore
+
+_CONTROL_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's predictions on every set of inputs, and what was chosen to get them."""
+
+    averages: dict[str, Averaged]
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+class Unavailable(Exception):
+    """A baseline that this run cannot have; the message says why."""
+
+
+def map_estimate(c: Comparison) -> Method:
+    """The MAP estimate of the first start."""
+    return Method(c.average([(0, c.problems[0].theta_star[None])]))
+
+
+def ensemble(c: Comparison) -> Method:
+    """The average of the MAP estimates of all starts: a deep ensemble."""
+    if len(c.problems) < 2:
+        raise Unavailable("needs map.starts of at least 2")
+    return Method(c.average([(start, p.theta_star[None]) for start, p in enumerate(c.problems)]))
+
+
+def tempered(c: Comparison, base: Method) -> Method:
+    """A method with its temperature (or predictive width) fitted on the validation rows."""
+    if "validation" not in base.averages:
+        raise Unavailable("needs validation rows (data.validation)")
+    scale = fit_scale(base.averages["validation"], c.targets["validation"])
+    averages = {name: rescale(a, scale, c.targets.get(name)) for name, a in base.averages.items()}
+    return Method(averages, {"temperature": scale})
+
+
+def walk_draws(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """One point of each of the first undiverged walks, starts in equal parts."""
+    chosen = paths.choose(c.run.config.evaluation.draws)
+    records = paths.records_at(radius)
+    wanted = {int(walk): {int(records[walk])} for walk in chosen}
+    for start, _, _, theta in read_points(store, wanted):
+        for piece in theta.split(c.batch()):
+            yield start, piece
+
+
+def random_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """theta* plus a random direction of the walk's own law and length `radius`, without correction."""
+    number = 0
+    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
+        theta_star = c.problems[start].theta_star
+        for first in range(0, share, c.batch()):
+            lines: list[Tensor] = []
+            for _ in range(min(c.batch(), share - first)):
+                direction = stream(c.run.config.seed, "evaluate-random", number).standard_normal(len(theta_star))
+                lines.append(torch.as_tensor(direction * (radius / np.linalg.norm(direction))).to(theta_star))
+                number += 1
+            yield start, theta_star + torch.stack(lines)
+
+
+def random_directions(c: Comparison, radii: np.ndarray) -> Method:
+    """Random directions without correction, their radius tuned as the walk's is, on a grid that reaches nearer to 0."""
+    grid = np.unique(np.concatenate([np.geomspace(radii[0] / 16, radii[-1], 24), radii]))
+    radius = tune_radius(c, lambda r: random_draws(c, r), grid)
+    return Method(c.average(random_draws(c, radius)), {"radius": radius})
+
+
+def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray) -> float:
+    """The walk's own rule: best validation NLL, or for regression and without validation rows the rise of the NLL."""
+    if not c.regression and "validation" in c.inputs:
+        return float(min(grid, key=lambda radius: c.validation_nll(draws(float(radius)))))
+    chosen = float(grid[0])
+    for radius in grid:
+        if not c.mean_rise(draws(float(radius))) <= c.gamma / 2:
+            break
+        chosen = float(radius)
+    return chosen
+
+
+def gaussian_draws(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """Draws of the Gaussian with the empirical mean and covariance of all walk points of a start at the radius.
+
+    In sample space: mean + sum_w g_w (theta_w - mean) / sqrt(W - 1) with g standard normal, in passes over the points.
+    """
+    records = paths.records_at(radius)
+    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
+        walks = np.flatnonzero((paths.start == start) & ~paths.diverged)
+        if len(walks) < 2:
+            raise Unavailable("needs at least two undiverged walks a start")
+        wanted = {int(w): {int(records[w])} for w in walks}
+        theta_star = c.problems[start].theta_star.double()
+        normal = stream(c.run.config.seed, "evaluate-gaussian", start).standard_normal((share, len(walks)))
+        weights = torch.as_tensor(
+            (normal - normal.mean(axis=1, keepdims=True)) / np.sqrt(len(walks) - 1) + 1 / len(walks)
+        )
+        column = {int(w): i for i, w in enumerate(walks)}
+        step = max(1, min(share, _CONTROL_BYTES // (8 * len(theta_star))))
+        for first in range(0, share, step):
+            total = torch.zeros(min(step, share - first), len(theta_star), dtype=torch.float64)
+            for _, numbers, _, theta in read_points(store, wanted):
+                index = [column[w] for w in numbers.tolist()]
+                total += weights[first : first + step, index] @ (theta.double() - theta_star)
+            for piece in (theta_star + total).to(c.problems[start].theta_star).split(c.batch()):
+                yield start, piece
+
+
+def laplace(c: Comparison, fitted: Laplace | None, linearised: bool) -> Method:
+    """Laplace around the first start, sampled or linearised, its prior precision tuned on validation rows."""
+    if fitted is None:
+        raise Unavailable(
+            f"is for networks of at most {LARGEST_DIM} parameters, this one has {c.problems[0].network.dim}"
+        )
+    n, model = c.run.config.evaluation.draws, fitted
+
+    def offsets(factor: float) -> Tensor:
+        return model.offsets(stream(c.run.config.seed, "evaluate-laplace"), n, factor)
+
+    def score(factor: float) -> float:
+        if not linearised:
+            return c.validation_nll([(0, model.theta_star + offsets(factor))])
+        average = AveragedLikelihood(len(c.run.dataset.validation.y))
+        y = torch.as_tensor(np.array(c.run.dataset.validation.y))
+        for outputs in model.linearised(offsets(factor), c.tensors["validation"]):
+            average.add(c.problems[0].likelihood.nll(outputs, y).numpy())
+        return float(np.nan_to_num(average.rows().mean(), nan=np.inf))
+
+    factor = float(min(PRIOR_FACTORS, key=score)) if "validation" in c.inputs else 1.0
+    choices = {"prior_factor": factor}
+    if not linearised:
+        return Method(c.average([(0, model.theta_star + offsets(factor))]), choices)
+    averages: dict[str, Averaged] = {}
+    for name in c.inputs:
+        average = c.new_average(name)
+        for outputs in model.linearised(offsets(factor), c.tensors[name]):
+            average.add_outputs(outputs, c.problems[0].likelihood)
+        averages[name] = average.result()
+    return Method(averages, choices)
+
+
+def swag(c: Comparison) -> Method:
+    """SWAG around the first start, its learning rate chosen by validation NLL."""
+    if c.run.config.model.weights is not None:
+        raise Unavailable("is for networks trained here (model.weights is set)")
+    if "validation" not in c.inputs:
+        raise Unavailable("needs validation rows (data.validation)")
+    problem, seed, n = c.problems[0], c.run.config.seed, c.run.config.evaluation.draws
+    unit = problem.potential.rows / problem.curvature.lambda_max
+    batch = min(128, max(1, problem.potential.rows // 4))
+
+    def draws(rate: float) -> Draws:
+        model = Swag.fit(problem.potential, problem.theta_star, rate * unit, batch, stream(seed, "swag"))
+        return [(0, model.draw(stream(seed, "swag-draw"), n))]
+
+    rate = float(min(RATES, key=lambda r: c.validation_nll(draws(r))))
+    return Method(c.average(draws(rate)), {"learning_rate": rate * unit})

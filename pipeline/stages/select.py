@@ -1,0 +1,110 @@
+"""Choose the radius once for walk, deformation and control: from validation rows, or from the rise of the potential.
+
+Test rows are never looked at here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
+from pipeline.bayes.trees import row_count, to_tensors
+from pipeline.build import Problem, load_problem
+from pipeline.progress import Progress
+from pipeline.run import Run
+from pipeline.stages.paths import Paths, read_paths, read_points
+from pipeline.store import SampleStore
+
+VALIDATION = "best validation NLL"
+RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
+
+
+def select(run: Run, report: Progress) -> None:
+    """Write ``radius.json``: the chosen radius, the rule, and the curve over all recorded radii.
+
+    Classification with validation rows takes the radius of the best model-averaged validation NLL; regression, or no
+    validation rows, the largest radius at which the mean rise of the summed training NLL over that of the MAP estimate
+    stays below half the effective number of parameters. The choice is for `evaluation.draws` draws.
+
+    Raises:
+        RunError: No block is committed, or every walk diverged.
+    """
+    if run.storage.exists("radius.json"):
+        return
+    store = SampleStore.open(run.storage.uri)
+    paths = read_paths(store)
+    problems = [load_problem(run, start) for start in range(store.plan.starts)]
+    radii = store.plan.radii()
+    curve = rise_curve(paths, problems, radii)
+    if row_count(run.dataset.validation.x):
+        scores = validation_curve(run, store, paths, problems, radii, report)
+        for point, score in zip(curve, scores, strict=True):
+            point["validation_nll"] = score
+    gamma = float(np.mean([problem.curvature.gamma for problem in problems]))
+    choice = choose_radius(curve, gamma, run.config.data.task)
+    choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=store.digest())
+    run.storage.create_json("radius.json", choice)
+    report.note(f"radius {choice['radius']:.4g} of {radii[-1]:.4g}: {choice['rule']}")
+
+
+def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str) -> dict[str, Any]:
+    """Apply the rule to a curve: {"radius", "rule", "validation_radius"}."""
+    scores = np.array([np.nan if p["validation_nll"] is None else p["validation_nll"] for p in curve])
+    scores[~np.isfinite(scores)] = np.nan
+    best = None if np.isnan(scores).all() else float(curve[int(np.nanargmin(scores))]["radius"])
+    if task == "classification" and best is not None:
+        return {"radius": best, "rule": VALIDATION, "validation_radius": best}
+    above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
+    last = above.index(True) - 1 if True in above else len(above) - 1
+    return {"radius": float(curve[max(last, 0)]["radius"]), "rule": RISE, "validation_radius": best}
+
+
+def rise_curve(paths: Paths, problems: list[Problem], radii: np.ndarray) -> list[dict[str, Any]]:
+    """Mean rise of the potential and of the summed NLL over their value at each walk's own start, in nats."""
+    stars = [problem.theta_star[None] for problem in problems]
+    nll = np.array([float(p.potential.nll(star)) for p, star in zip(problems, stars, strict=True)])
+    potential = np.array([float(p.potential.value(star)) for p, star in zip(problems, stars, strict=True)])
+    rises = (paths.potential - potential[paths.start][:, None], paths.nll - nll[paths.start][:, None])
+    curve: list[dict[str, Any]] = []
+    for radius in radii:
+        means = [_finite(float(paths.at(rise, radius).mean())) for rise in rises]
+        curve.append(
+            {"radius": float(radius), "validation_nll": None, "potential_rise": means[0], "nll_rise": means[1]}
+        )
+    return curve
+
+
+def validation_curve(
+    run: Run, store: SampleStore, paths: Paths, problems: list[Problem], radii: np.ndarray, report: Progress
+) -> list[float | None]:
+    """Validation NLL of the model average at every radius, in nats a row, reading every block at most once."""
+    chosen = paths.choose(run.config.evaluation.draws)
+    nearest = np.stack([paths.records_at(radius)[chosen] for radius in radii])
+    wanted = {int(walk): set(nearest[:, i].tolist()) for i, walk in enumerate(chosen)}
+    users: dict[tuple[int, int], list[int]] = {}
+    for (grid, column), record in np.ndenumerate(nearest):
+        users.setdefault((int(chosen[column]), int(record)), []).append(grid)
+    validation = run.dataset.validation
+    network = problems[0].network
+    x, y = to_tensors(validation.x, network.dtype, network.device), torch.as_tensor(np.asarray(validation.y))
+    averages = [AveragedLikelihood(len(validation.y)) for _ in radii]
+    with report.bar("choosing the radius", sum(len(records) for records in wanted.values())) as bar:
+        for start, walks, records, theta in read_points(store, wanted):
+            problem = problems[start]
+            nll = draw_nll(problem.network, problem.likelihood, theta, x, y)
+            nll = np.where(np.isnan(nll), np.inf, nll)
+            for row, pair in enumerate(zip(walks.tolist(), records.tolist(), strict=True)):
+                for grid in users[pair]:
+                    averages[grid].add(nll[row : row + 1])
+            bar.advance(len(walks))
+    # The unit of the target, like every metric that is shown.
+    unit = np.log(run.dataset.schema.y_std) if run.config.data.task == "regression" else 0.0
+    return [_finite(float(average.rows().mean() + unit)) for average in averages]
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities: a radius at which the average breaks down has no score."""
+    return value if np.isfinite(value) else None

@@ -1,0 +1,130 @@
+"""The evaluation in words and as a table. A win is called a win only beyond two standard errors of the difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+TITLES = {
+    "map": "MAP",
+    "walk": "fiber walk",
+    "deformation": "deformation",
+    "temperature": "MAP, temperature",
+    "random": "random directions",
+    "gaussian": "gaussian control",
+    "ensemble": "ensemble of MAPs",
+    "ensemble_temperature": "ensemble, temperature",
+    "laplace": "Laplace, sampled",
+    "laplace_linearised": "Laplace, linearised",
+    "swag": "SWAG",
+}
+METRICS = {
+    "classification": {
+        "nll": "NLL",
+        "accuracy": "accuracy",
+        "ece": "ECE",
+        "ece_adaptive": "ECE, adaptive",
+        "brier": "Brier",
+        "nll_per_draw": "NLL of a draw",
+    },
+    "regression": {
+        "nll": "NLL",
+        "rmse": "RMSE",
+        "crps": "CRPS",
+        "coverage": "coverage of 90 %",
+        "width": "width of 90 %",
+        "nll_per_draw": "NLL of a draw",
+    },
+}
+ARROWS = {"accuracy": "↑", "coverage": "", "width": "", "nll_per_draw": ""}
+
+
+def title(method: str) -> str:
+    """Name of a method for people."""
+    return TITLES.get(method, method.replace("_", " "))
+
+
+def number(score: dict[str, Any] | None, digits: int = 3) -> str:
+    """Value ± standard error; large values with fewer decimals."""
+    if not score or score["value"] is None:
+        return "–"
+    value, error = score["value"], score["se"]
+    if abs(value) >= 1000:
+        return f"{value:.4g} ± {error:.2g}" if error is not None else f"{value:.4g}"
+    digits = digits if abs(value) < 100 else 1
+    shown = f"{value:.{digits}f}"
+    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+
+
+def metric_titles(evaluation: dict[str, Any]) -> dict[str, str]:
+    """Metrics of this task with their titles, in the order of the table."""
+    return METRICS[evaluation["task"]]
+
+
+def mark(evaluation: dict[str, Any], metric: str, method: str) -> str:
+    """best: beats every other beyond two standard errors; tied: not told apart from the best. Nothing where all are tied."""
+    leaders, methods = evaluation["leaders"].get(metric, []), evaluation["methods"]
+    if method not in leaders or len(leaders) == len(methods):
+        return ""
+    return "best" if len(leaders) == 1 else "tied"
+
+
+def ordered(by_method: dict[str, Any]) -> dict[str, Any]:
+    """Entries by method in the order of the table, whatever order they are stored in."""
+    names = [*(name for name in TITLES if name in by_method), *(n for n in sorted(by_method) if n not in TITLES)]
+    return {name: by_method[name] for name in names}
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Group:
+    """The table for a terminal, with the verdict below it."""
+    rows = evaluation["rows"]
+    caption = (
+        f"{rows['test']} test rows, {evaluation['draws']} draws, radius {evaluation['radius']:.4g}; ± standard error. "
+        "Green and bold: better than every other beyond two standard errors; underlined: not told apart from the best."
+    )
+    table = Table(title=evaluation["run_id"], caption=caption, caption_justify="left", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for metric, name in metric_titles(evaluation).items():
+        table.add_column(f"{name} {ARROWS.get(metric, '↓')}".strip(), justify="right")
+    styles = {"best": "bold green", "tied": "underline", "": ""}
+    for method, scores in ordered(evaluation["methods"]).items():
+        cells = [
+            Text(number(scores.get(m)), style=styles[mark(evaluation, m, method)]) for m in metric_titles(evaluation)
+        ]
+        table.add_row(title(method), *cells)
+    return Group(table, Text(verdict(evaluation)), Text(against_best(evaluation)))
+
+
+def verdict(evaluation: dict[str, Any]) -> str:
+    """One sentence: is the walk better than the network that was there before?"""
+    difference = evaluation["difference"].get("walk-map", {}).get("nll")
+    if not difference or difference["value"] is None:
+        return "The walk could not be compared with the MAP estimate."
+    size = f"{abs(difference['value']):.3f} ± {difference['se']:.3f} nats a row"
+    values = {name: f"{evaluation['methods'][name]['nll']['value']:.3f}" for name in ("walk", "map")}
+    both = f"test NLL {values['walk']} against {values['map']}"
+    if difference["verdict"] == "better":
+        return f"The fiber walk predicts better than the MAP estimate: {both}, lower by {size}."
+    if difference["verdict"] == "worse":
+        return f"The fiber walk predicts worse than the MAP estimate: {both}, higher by {size}."
+    return f"The fiber walk and the MAP estimate cannot be told apart: {both}, a difference of {size}."
+
+
+def against_best(evaluation: dict[str, Any]) -> str:
+    """One sentence: how does the walk stand against the best of the other methods, deformation left aside?"""
+    scores = {n: m["nll"]["value"] for n, m in evaluation["methods"].items() if n not in ("walk", "deformation", "map")}
+    known = {name: value for name, value in scores.items() if value is not None}
+    if not known:
+        return "No other method was asked for."
+    best = min(known, key=lambda name: known[name])
+    difference = evaluation["difference"][f"walk-{best}"]["nll"]
+    words = {
+        "better": "is better than",
+        "worse": "is worse than",
+        "undecided": "cannot be told apart from",
+    }[difference["verdict"]]
+    detail = f"{known[best]:.3f}; difference {difference['value']:+.3f} ± {difference['se']:.3f}"
+    return f"It {words} the best control, {title(best)} ({detail})."
