@@ -88,7 +88,15 @@ class Stamp:
     digest: str
     """sha256 of the theta bytes, row by row."""
     parameters: list[dict[str, Any]]
+    plan: str
+    """`plan_digest` of the plan that it was computed by."""
     schema: str
+
+
+def plan_digest(plan: WalkPlan) -> str:
+    """Return the sha256 of all that the plan fixes; how it was chosen does not count."""
+    fixed = {name: value for name, value in plan.to_json().items() if name != "chosen"}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def theta_type(plan: WalkPlan) -> pa.FixedShapeTensorType:
@@ -125,6 +133,7 @@ def write_block(file: BinaryIO, block: SampleBlock, plan: WalkPlan, run_id: str)
     stamp = {
         b"fiberwalk.schema": SCHEMA_VERSION,
         b"fiberwalk.run_id": run_id,
+        b"fiberwalk.plan": plan_digest(plan),
         b"fiberwalk.parameters": json.dumps(plan.parameters),
     }
     options: dict[str, Any] = {
@@ -278,11 +287,10 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
 def read_stamp(metadata: Any) -> Stamp:
     """Return what the footer says; raises BrokenBlock if it was not written by this schema of fiberwalk."""
     found = metadata.metadata or {}
+    names = ("schema", "run_id", "digest", "parameters", "plan")
     try:
-        text = {
-            name: found[f"fiberwalk.{name}".encode()].decode() for name in ("schema", "run_id", "digest", "parameters")
-        }
+        text = {name: found[f"fiberwalk.{name}".encode()].decode() for name in names}
         parameters = json.loads(text["parameters"])
     except (KeyError, ValueError):
         raise BrokenBlock("not a block: the fiberwalk fields are missing in its footer") from None
-    return Stamp(text["run_id"], text["digest"], parameters, text["schema"])
+    return Stamp(text["run_id"], text["digest"], parameters, text["plan"], text["schema"])

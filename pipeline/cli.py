@@ -118,8 +118,8 @@ def logs(
 @app.command()
 def status(run_uri: RunUri, as_json: AsJson = False) -> None:
     """Show how far a run is, from the store alone, while it runs, from any machine."""
-    from pipeline.stages.verify import status as read_status
-    from pipeline.stages.verify import status_table
+    from pipeline.stages.status import status as read_status
+    from pipeline.stages.status import status_table
 
     found = read_status(run_uri)
     _show(found, as_json, None if as_json else status_table(found))

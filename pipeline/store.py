@@ -21,6 +21,7 @@ from pipeline.blocks import (
     SampleBlock,
     Stamp,
     arrow_schema,
+    plan_digest,
     read_stamp,
     write_block,
 )
@@ -277,6 +278,8 @@ def differences(stamp: Stamp, plan: WalkPlan, run_id: str) -> list[str]:
         wrong.append(f"belongs to run {stamp.run_id}, not {run_id}")
     if stamp.parameters != json.loads(json.dumps(plan.parameters)):
         wrong.append("has another parameter layout")
+    elif stamp.plan != plan_digest(plan):
+        wrong.append("was computed by another plan (plan.json has changed)")
     return wrong
 
 
