@@ -230,7 +230,8 @@ class TestOtherSources:
     def test_python(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "mine_data.py").write_text(
             "import numpy as np\n"
-            "def tokens():\n    return {'ids': np.arange(80).reshape(40, 2), 'mask': np.ones((40, 2))}, np.arange(40) % 2\n"
+            "def tokens():\n"
+            "    return {'ids': np.arange(80).reshape(40, 2), 'mask': np.ones((40, 2))}, np.arange(40) % 2\n"
             "def pair():\n    return (np.zeros((40, 2)), np.arange(40)), np.arange(40) / 7\n"
             "def short():\n    return np.zeros((40, 2))\n"
             "def breaks():\n    raise RuntimeError('no\\nluck')\n"

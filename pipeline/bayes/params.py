@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from pipeline.bayes.attention import may_use_attention, plain_attention
 from pipeline.bayes.trees import Tree
 from pipeline.errors import InputError
 
@@ -89,6 +91,7 @@ class Network:
         self.layout = ParameterLayout(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()))
         self._fixed = {name: p.detach() for name, p in named.items() if name not in chosen}
         self._fixed.update(module.named_buffers())
+        self._attention = may_use_attention(module)
 
     @property
     def dim(self) -> int:
@@ -107,7 +110,8 @@ class Network:
     def call(self, parameters: Mapping[str, Tensor], x: Tree) -> Tensor:
         """Network outputs for named parameters. A mapping is passed by name, a tuple by position."""
         args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple) else ((x,), {})
-        return functional_call(self.module, (dict(parameters), self._fixed), args, kwargs)
+        with plain_attention() if self._attention else nullcontext():
+            return functional_call(self.module, (dict(parameters), self._fixed), args, kwargs)
 
     def outputs_many(self, theta: Tensor, x: Tree, chunk: int | None = None) -> Tensor:
         """Network outputs at many parameter vectors: (W, D) -> (W, rows, outputs); `chunk` of them at once."""

@@ -46,8 +46,8 @@ def read_parquet(uri: str, setting: str = "data.source") -> pa.Table:
 def read_csv(uri: str, setting: str = "data.source", target: int | str | None = None) -> pa.Table:
     """Read delimited text; finds delimiter, header and decimal comma by itself.
 
-    Without a header the columns are called 0, 1, ... and the table's metadata say ``headerless``. A first line that holds
-    the name of the target is a header. Raises InputError.
+    Without a header the columns are called 0, 1, ... and the table's metadata say ``headerless``. A first line that
+    holds the name of the target is a header. Raises InputError.
     """
     data = read_bytes(uri, setting)
     try:

@@ -1,0 +1,312 @@
+"""Networks: built-in, brought along, initialised by a stream, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
+from torch.func import grad, jvp
+
+from pipeline.bayes.params import Network
+from pipeline.config import ModelConfig
+from pipeline.data.schema import DataSchema, Part
+from pipeline.errors import InputError
+from pipeline.models import build_module, calibrate_batchnorm, call_module, load_weights
+from pipeline.resnet import resnet18
+from pipeline.streams import stream
+
+
+def part(*shape: int, dtype: str = "float32") -> Part:
+    return Part(shape, dtype, 1.0, np.zeros(()), np.ones(()))
+
+
+def schema(*shape: int, parts: Any = None) -> DataSchema:
+    return DataSchema("classification", part(*shape) if parts is None else parts, classes=("a", "b", "c"))
+
+
+def build(shape: tuple[int, ...] = (5,), outputs: int = 3, seed: int = 0, **model: Any) -> nn.Module:
+    return build_module(ModelConfig(**model), schema(*shape), outputs, stream(seed, "init"))
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write a module of the user's and name a function in it."""
+
+    def write(body: str) -> str:
+        name = f"own_{tmp_path.name}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text("import torch\nfrom torch import nn\n" + body)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return f"python:{name}:make"
+
+    return write
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (8, 8), (2, 5, 7)])
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "lenet", "resnet"])
+def test_built_in_networks_take_images_of_any_size(architecture: str, shape: tuple[int, ...]) -> None:
+    module = build(shape, outputs=4, architecture=architecture, hidden=(4, 6))
+    with torch.no_grad():
+        assert module(torch.randn(3, *shape)).shape == (3, 4)
+    assert not module.training
+
+
+def test_mlp_is_the_plain_sequence() -> None:
+    module = build((5,), outputs=3, hidden=(7, 4), activation="relu")
+    assert [type(layer) for layer in module] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]  # pyright: ignore
+    assert isinstance(build((1, 4, 4), hidden=(7,))[0], nn.Flatten)  # pyright: ignore
+
+
+def test_sizes_are_the_published_ones() -> None:
+    assert sum(p.numel() for p in resnet18(3, 10).parameters()) == 11_173_962
+    assert sum(p.numel() for p in build((1, 28, 28), outputs=10, architecture="lenet").parameters()) == 61_706
+
+
+def test_initial_weights_are_a_function_of_the_stream_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = build(seed=0), build(seed=0), build(seed=1)
+    torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(first[0].weight, other[0].weight)  # pyright: ignore
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_many_networks_evaluate_as_one_by_one() -> None:
+    """No layer works in place or draws random numbers, so `vmap` may be used."""
+    for architecture in ("mlp", "conv", "lenet", "resnet"):
+        network = Network(build((1, 8, 8), architecture=architecture, hidden=(4,)), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        theta = network.theta() + 0.01 * torch.randn(2, network.dim, generator=generator, dtype=torch.float64)
+        x = torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(network.outputs_many(theta, x)[1], network.outputs(theta[1], x))
+
+
+@pytest.mark.parametrize("architecture", ["conv", "lenet", "resnet"])
+def test_image_networks_refuse_tables(architecture: str) -> None:
+    with pytest.raises(InputError, match=r"images .*\(5,\); use mlp"):
+        build((5,), architecture=architecture)
+
+
+def test_channels_come_first() -> None:
+    with pytest.raises(InputError, match="channels, height, width"):
+        build((32, 32, 3), architecture="lenet")
+
+
+def test_token_numbers_need_a_network_of_ones_own() -> None:
+    with pytest.raises(InputError, match="name your own network"):
+        build_module(ModelConfig(), schema(parts=part(4, dtype="int64")), 3, stream(0, "init"))
+
+
+class TestOwnNetworks:
+    def test_a_factory_is_told_what_it_asks_for(self, own: Any) -> None:
+        spec = own("def make(outputs, inputs):\n    return nn.Linear(inputs[0], outputs)\n")
+        assert build((5,), outputs=4, architecture=spec)(torch.zeros(2, 5)).shape == (2, 4)
+
+    def test_without_arguments(self, own: Any) -> None:
+        assert build((5,), architecture=own("def make():\n    return nn.Linear(5, 3)\n")) is not None
+
+    def test_one_number_a_row_is_one_output(self, own: Any) -> None:
+        spec = own(
+            "class make(nn.Linear):\n"
+            "    def __init__(self):\n        super().__init__(5, 1)\n"
+            "    def forward(self, x):\n        return super().forward(x)[:, 0]\n"
+        )
+        assert build((5,), outputs=1, architecture=spec)(torch.zeros(2, 5)).shape == (2, 1)
+
+    @pytest.mark.parametrize(
+        ("body", "words"),
+        [
+            ("def other():\n    pass\n", ["has no make"]),
+            ("make = 3\n", ["not a function"]),
+            ("def make():\n    return 3\n", ["must return a torch.nn.Module", "int"]),
+            ("def make():\n    raise KeyError('lost')\n", ["failed: KeyError: 'lost'"]),
+            ("def make(depth):\n    return nn.Linear(5, 3)\n", ["failed: TypeError", "depth"]),
+            ("def make():\n    return nn.Linear(5, 7)\n", ["must return 3 outputs", "(2, 7)"]),
+            ("def make():\n    return nn.Linear(4, 3)\n", ["does not take rows of shape (5,)"]),
+            ("def make():\n    return nn.Tanh()\n", ["no parameters"]),
+            ("import absent_package\n", ["does not import", "ModuleNotFoundError"]),
+            ("def make(:\n", ["does not import", "SyntaxError"]),
+            (
+                "def make():\n    norm = nn.BatchNorm1d(3, track_running_stats=False)\n"
+                "    return nn.Sequential(nn.Linear(5, 3), norm)\n",
+                ["1 normalises by the batch", "track_running_stats"],
+            ),
+        ],
+    )
+    def test_what_cannot_be_used_is_named_in_one_line(self, body: str, words: list[str], own: Any) -> None:
+        with pytest.raises(InputError) as error:
+            build((5,), architecture=own(body))
+        assert "\n" not in str(error.value)
+        for word in words:
+            assert word in str(error.value)
+
+    def test_a_module_that_does_not_exist(self) -> None:
+        with pytest.raises(InputError, match="python:nowhere.at_all:make does not import"):
+            build(architecture="python:nowhere.at_all:make")
+
+    def test_mappings_go_by_name_and_tuples_by_position(self, own: Any) -> None:
+        spec = own(
+            "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+            "        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)\n"
+            "    def forward(self, ids, weight):\n"
+            "        return self.head((self.table(ids) * weight[..., None]).mean(1)), 'rest'\n"
+        )
+        parts = {"ids": part(6, dtype="int64"), "weight": part(6)}
+        for structure in (parts, tuple(parts.values())):
+            module = build_module(ModelConfig(architecture=spec), schema(parts=structure), 3, stream(0, "init"))
+            ids, weight = torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6)
+            x = {"weight": weight, "ids": ids} if isinstance(structure, dict) else (ids, weight)
+            assert call_module(module, x).shape == (2, 3)
+
+    def test_dropout_is_off(self, own: Any) -> None:
+        module = build(architecture=own("def make():\n    return nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5))\n"))
+        x = torch.randn(4, 5)
+        assert torch.equal(module(x), module(x))
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_a_hugging_face_classifier(self, attention: str, own: Any) -> None:
+        """Names of parameters stay as they are, outputs are the logits, and many networks evaluate at once."""
+        pytest.importorskip("transformers")
+        spec = own(
+            "from transformers import BertConfig, BertForSequenceClassification\n"
+            "def make(outputs):\n"
+            "    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,\n"
+            "        intermediate_size=16, max_position_embeddings=8, num_labels=outputs)\n"
+            f"    config._attn_implementation = {attention!r}\n"
+            "    return BertForSequenceClassification(config)\n"
+        )
+        parts = {"input_ids": part(6, dtype="int64"), "attention_mask": part(6, dtype="int64")}
+        module = build_module(ModelConfig(architecture=spec), schema(parts=parts), 3, stream(0, "init"))
+        assert "classifier.weight" in module.state_dict()
+        mask = torch.ones(4, 6, dtype=torch.int64)
+        mask[:, 4:] = 0
+        x = {"input_ids": torch.arange(24).reshape(4, 6) % 20, "attention_mask": mask}
+        network = Network(module, "classifier|attention")
+        theta = torch.stack([network.theta(), 1.1 * network.theta()])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a fallback without a batching rule would warn
+            many = network.outputs_many(theta, x)
+        assert many.shape == (2, 4, 3)
+        torch.testing.assert_close(many[1], network.outputs(theta[1], x), rtol=1e-5, atol=1e-6)
+        pickle.loads(pickle.dumps(module))
+
+    @pytest.mark.parametrize("attention", ["sdpa", "torch"])
+    def test_transformers_have_curvature(self, attention: str, own: Any) -> None:
+        """Fused attention has no second and no forward derivatives; the networks that we evaluate must have both."""
+        if attention == "sdpa":
+            attend = "torch.nn.functional.scaled_dot_product_attention(h, h, h)"
+        else:
+            attend = "self.layer(h)"
+        spec = own(
+            "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+            "        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)\n"
+            "        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)\n"
+            f"    def forward(self, ids):\n        h = self.table(ids)\n        return self.head({attend}.mean(1))\n"
+        )
+        tokens = schema(parts=part(6, dtype="int64"))
+        network = Network(
+            build_module(ModelConfig(architecture=spec), tokens, 3, stream(0, "init")), dtype=torch.float64
+        )
+        x, theta = torch.arange(24).reshape(4, 6) % 9, network.theta()
+
+        def loss(t: torch.Tensor) -> torch.Tensor:
+            return network.outputs(t, x).square().sum()
+
+        direction = torch.ones_like(theta)
+        forward_over_reverse = jvp(grad(loss), (theta,), (direction,))[1]
+        reverse_over_reverse = grad(lambda t: grad(loss)(t) @ direction)(theta)
+        torch.testing.assert_close(forward_over_reverse, reverse_over_reverse)
+        slope = jvp(lambda t: network.outputs(t, x), (theta,), (direction,))[1]
+        h = 1e-6
+        difference = (network.outputs(theta + h * direction, x) - network.outputs(theta - h * direction, x)) / (2 * h)
+        torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
+
+
+class TestBatchNorm:
+    def test_calibration_sets_the_statistics_of_the_rows(self) -> None:
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+        x = 5 + 3 * torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+        weights = {name: value.clone() for name, value in module.named_parameters()}
+        calibrate_batchnorm(module, x)
+        hidden = module[0](x)
+        torch.testing.assert_close(module[1].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module[1].running_var, hidden.var(0), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(dict(module.named_parameters()), weights, rtol=0, atol=0)
+        assert not module.training and module[1].momentum == 0.1
+
+    def test_a_deep_network_keeps_its_scale(self) -> None:
+        x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        module = build((3, 8, 8), outputs=10, architecture="resnet")
+        calibrate_batchnorm(module, x)
+        with torch.no_grad():
+            assert 0.05 < module(x).std() < 5
+
+    def test_without_such_layers_nothing_happens(self) -> None:
+        module = build()
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        calibrate_batchnorm(module, torch.randn(4, 5))
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+class TestWeights:
+    def test_the_saved_network_comes_back(self, tmp_path: Path) -> None:
+        first, second = build(seed=1), build(seed=2)
+        save_file(first.state_dict(), tmp_path / "w.safetensors")
+        load_weights(second, str(tmp_path / "w.safetensors"))
+        torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+        load_weights(second, f"file://{tmp_path}/w.safetensors")
+
+    def test_tied_weights_may_be_stored_once(self, tmp_path: Path) -> None:
+        def tied() -> nn.Sequential:
+            first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+            second.weight = first.weight
+            return nn.Sequential(first, second)
+
+        source, target = tied(), tied()
+        save_model(source, str(tmp_path / "w.safetensors"))
+        load_weights(target, str(tmp_path / "w.safetensors"))
+        torch.testing.assert_close(source.state_dict(), target.state_dict(), rtol=0, atol=0)
+        assert target[0].weight is target[1].weight
+
+    def test_counters_of_batchnorm_may_be_absent(self, tmp_path: Path) -> None:
+        module = nn.BatchNorm1d(3)
+        state = {name: value for name, value in module.state_dict().items() if "num_batches" not in name}
+        save_file(state, tmp_path / "w.safetensors")
+        load_weights(module, str(tmp_path / "w.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda s: s.pop("0.weight"), ["lacks 0.weight"]),
+            (lambda s: s.update(extra=torch.zeros(1)), ["has extra"]),
+            (lambda s: s.update({"0.bias": torch.zeros(9)}), ["0.bias has shape (9,)", "(50,)"]),
+            (lambda s: s.update({"0.bias": torch.full((50,), math.nan)}), ["0.bias", "not finite"]),
+        ],
+    )
+    def test_weights_that_do_not_fit_change_nothing(self, change: Any, words: list[str], tmp_path: Path) -> None:
+        module = build()
+        state = {name: value + 1 for name, value in module.state_dict().items()}
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        change(state)
+        save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(InputError) as error:
+            load_weights(module, str(tmp_path / "w.safetensors"))
+        for word in words:
+            assert word in str(error.value)
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+    def test_pickles_are_refused_unread(self, tmp_path: Path) -> None:
+        torch.save(build().state_dict(), tmp_path / "w.pt")
+        with pytest.raises(InputError, match="pickle.*safetensors.torch.save_model"):
+            load_weights(build(), str(tmp_path / "w.pt"))
+        (tmp_path / "w.pt").rename(tmp_path / "w.safetensors")
+        with pytest.raises(InputError, match="no safetensors file"):
+            load_weights(build(), str(tmp_path / "w.safetensors"))
+        with pytest.raises(InputError, match="no such file"):
+            load_weights(build(), str(tmp_path / "absent.safetensors"))
