@@ -20,11 +20,12 @@ from pipeline.errors import InputError
 Block = tuple[Tensor, Loss]
 """Inputs of some rows, features-major as the first layer takes them, and the loss of their targets."""
 
-ROW_ELEMENTS = 1 << 20
-"""Most elements between the layers of one walk and one block of rows."""
-CHUNK_ELEMENTS = 1 << 20
-"""About as many elements between the layers of one chunk of walks and one block of rows."""
-MOST_WALKS = 128
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Most elements between the layers of one walk and one block of rows: two or three passes stay in a processor's cache."""
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Most elements between the layers of one chunk of walks and one block of rows."""
+CHUNK_WALKS = {"cpu": (2, 64), "cuda": (2, 4096)}
+"""Fewest and most walks of a chunk: each call of an operation has its cost."""
 
 
 class BatchedChain:
@@ -70,7 +71,7 @@ class BatchedChain:
         """theta (W, D) -> gradient (W, D) and summed NLL (W,), over all rows or those with these numbers."""
         blocks = self._blocks if rows is None else self._split(self.x[rows], self.y[rows])
         gradient, nll = torch.empty_like(theta), theta.new_empty(len(theta))
-        most = self.most_walks or chunk_walks(self.layers, self.shape, blocks[0][0].shape[-1])
+        most = self.most_walks or chunk_walks(self.layers, self.shape, blocks[0][0].shape[-1], theta.device.type)
         for first, last in even_parts(len(theta), most):
             self._run(theta[first:last], blocks, gradient[first:last], nll[first:last])
         return gradient, nll
@@ -100,7 +101,7 @@ class BatchedChain:
             passes[i].backward(passes[i - 1].output_slope if i else None, share)
 
     def _split(self, x: Tensor, y: Tensor) -> list[Block]:
-        most = self.most_rows or block_rows(self.layers, self.shape)
+        most = self.most_rows or block_rows(self.layers, self.shape, x.device.type)
         blocks = []
         for first, last in even_parts(len(x), most):
             part = x[first:last]
@@ -136,15 +137,16 @@ def even_parts(count: int, most: int) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def block_rows(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:
+def block_rows(layers: tuple[Layer, ...], shape: tuple[int, ...], device: str = "cpu") -> int:
     """Rows of a block: what one walk needs between its layers fits the cache."""
-    return max(32, ROW_ELEMENTS // _elements(layers, shape) // 16 * 16)
+    return max(32, BLOCK_ELEMENTS[device] // _elements(layers, shape) // 16 * 16)
 
 
-def chunk_walks(layers: tuple[Layer, ...], shape: tuple[int, ...], rows: int) -> int:
+def chunk_walks(layers: tuple[Layer, ...], shape: tuple[int, ...], rows: int, device: str = "cpu") -> int:
     """Walks of a chunk: what they need between their layers and for their weights fits the cache."""
     weights = sum(2 * layer.inputs * layer.outputs for layer in layers)
-    return max(1, min(MOST_WALKS, CHUNK_ELEMENTS // (_elements(layers, shape) * rows + weights)))
+    fewest, most = CHUNK_WALKS[device]
+    return max(fewest, min(most, CHUNK_ELEMENTS[device] // (_elements(layers, shape) * rows + weights)))
 
 
 def _elements(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:

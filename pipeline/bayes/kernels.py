@@ -25,10 +25,15 @@ from pipeline.errors import InputError
 
 FORMS = ("batched", "vmap", "loop")
 
+LOOP_FROM = 1 << 20
+"""Rows times parameters from which a loop over walks beats vmap on a CPU."""
+VMAP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Most elements between the layers of one chunk of walks under vmap."""
+
 log = logging.getLogger(__name__)
 
 
-def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.device) -> str:
+def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.device, compile: bool = False) -> str:
     """The form that measures fastest for this kind of network; a rule of shapes, never of timing.
 
     Args:
@@ -36,14 +41,13 @@ def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.devi
         rows: Data rows in one gradient.
         dim: Number of walked parameters.
         device: Where it is computed.
+        compile: Whether the form may be compiled.
     """
     if parse_chain(module, dim) is not None:
         return "batched"
-    # A large network fills a CPU core alone, and vmap's batched convolutions cost it more than they save.
-    return "loop" if torch.device(device).type == "cpu" and rows * dim > LOOP_FROM else "vmap"
-
-
-LOOP_FROM = 1 << 21
+    # One gradient of a larger network keeps a CPU core busy, and vmap's batching costs it more than it saves.
+    alone = torch.device(device).type == "cpu" and rows * dim > LOOP_FROM
+    return "loop" if alone and not compile else "vmap"
 
 
 def compile_pays(evaluations: int, rows: int, dim: int) -> bool:
@@ -89,9 +93,6 @@ def nll_gradient(
     raise InputError(f"walk.form must be one of {', '.join(FORMS)}, got '{form}'.")
 
 
-MEMORY_ELEMENTS = 1 << 24
-
-
 class _General:
     """What the forms for any module share: the NLL of one parameter vector."""
 
@@ -131,7 +132,8 @@ class _Vmap(_General):
 
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = self._rows(rows)
-        chunk = max(1, min(128, MEMORY_ELEMENTS // (self._activations * row_count(x) + theta.shape[1])))
+        most = VMAP_ELEMENTS[theta.device.type] // (self._activations * row_count(x) + theta.shape[1])
+        chunk = max(4, min(128, most))
         parts = [self._run(theta[a:b], x, y) for a, b in even_parts(len(theta), chunk)]
         return torch.cat([g for g, _ in parts]), torch.cat([v for _, v in parts])
 
