@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.bayes.curvature import Curvature, measure
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
-from pipeline.bayes.target import Potential
+from pipeline.bayes.target import Potential, prior_precision
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import WIDE, build_network, build_potential, curvature_bytes, start_folder, targets
 from pipeline.config import likelihood_kind
@@ -96,14 +96,16 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def check_weights(run: Run) -> None:
-    """Refuse the user's own weights if they are not at a minimum, before anything is written.
+    """Build the network once, and refuse weights that are not at a minimum, before anything is written.
 
     Raises:
-        InputError: How far off they are, and the settings that help.
+        InputError: The network or its prior cannot be built, or how far off the weights are and the settings that help.
     """
+    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
+    if run.config.prior.precision != "auto":
+        prior_precision(network.layout, run.config.prior.precision, network.dtype)
     if run.config.model.weights is None or run.config.map.polish:
         return
-    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
     if network.dim > WIDE:
         network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
     precision = run.config.prior.precision
