@@ -53,7 +53,8 @@ def build_module(model: ModelConfig, schema: DataSchema, outputs: int, rng: np.r
             module = _own(model.architecture, schema, outputs)
         else:
             module = _built_in(model, schema, outputs)
-    module.register_forward_hook(_plain_output)
+    if not _ends_in_linear(module):
+        module.register_forward_hook(_plain_output)
     module.eval()
     _check_module(module, model, schema, outputs)
     return module
@@ -102,6 +103,11 @@ def calibrate_batchnorm(module: nn.Module, x: Any, batch: int = 512) -> None:
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     module.eval()
+
+
+def _ends_in_linear(module: nn.Module) -> bool:
+    # Its output is plain already, and the fast gradients take no module with hooks: they could change anything.
+    return isinstance(module, nn.Sequential) and len(module) > 0 and isinstance(module[-1], nn.Linear)
 
 
 def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:

@@ -21,7 +21,7 @@ Block = tuple[Tensor, Loss]
 """Inputs of some rows, features-major as the first layer takes them, and the loss of their targets."""
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Most elements between the layers of one walk and one block of rows: two or three passes stay in a processor's cache."""
+"""Most elements between the layers of one walk and one block of rows; they stay in a processor's cache."""
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Most elements between the layers of one chunk of walks and one block of rows."""
 CHUNK_WALKS = {"cpu": (2, 64), "cuda": (2, 4096)}
@@ -139,14 +139,18 @@ def even_parts(count: int, most: int) -> list[tuple[int, int]]:
 
 def block_rows(layers: tuple[Layer, ...], shape: tuple[int, ...], device: str = "cpu") -> int:
     """Rows of a block: what one walk needs between its layers fits the cache."""
-    return max(32, BLOCK_ELEMENTS[device] // _elements(layers, shape) // 16 * 16)
+    return max(32, BLOCK_ELEMENTS[_kind(device)] // _elements(layers, shape) // 16 * 16)
 
 
 def chunk_walks(layers: tuple[Layer, ...], shape: tuple[int, ...], rows: int, device: str = "cpu") -> int:
     """Walks of a chunk: what they need between their layers and for their weights fits the cache."""
     weights = sum(2 * layer.inputs * layer.outputs for layer in layers)
-    fewest, most = CHUNK_WALKS[device]
-    return max(fewest, min(most, CHUNK_ELEMENTS[device] // (_elements(layers, shape) * rows + weights)))
+    fewest, most = CHUNK_WALKS[_kind(device)]
+    return max(fewest, min(most, CHUNK_ELEMENTS[_kind(device)] // (_elements(layers, shape) * rows + weights)))
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device == "cpu" else "cuda"
 
 
 def _elements(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:

@@ -132,7 +132,9 @@ class _Vmap(_General):
 
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = self._rows(rows)
-        most = VMAP_ELEMENTS[theta.device.type] // (self._activations * row_count(x) + theta.shape[1])
+        most = VMAP_ELEMENTS["cpu" if theta.device.type == "cpu" else "cuda"] // (
+            self._activations * row_count(x) + theta.shape[1]
+        )
         chunk = max(4, min(128, most))
         parts = [self._run(theta[a:b], x, y) for a, b in even_parts(len(theta), chunk)]
         return torch.cat([g for g, _ in parts]), torch.cat([v for _, v in parts])
