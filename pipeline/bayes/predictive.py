@@ -167,7 +167,7 @@ class AveragedLikelihood:
 
     def add(self, nll: np.ndarray) -> None:
         """Add the NLL of draws, (b, rows)."""
-        self._log_sum = np.logaddexp(self._log_sum, logsumexp(-nll, axis=0))
+        self._log_sum = np.logaddexp(self._log_sum, np.asarray(logsumexp(-nll, axis=0)))
         self._draws += len(nll)
 
     @property

@@ -23,6 +23,7 @@ from pipeline.bayes.metrics import (
     regression_scores,
 )
 from pipeline.bayes.predictive import Averaged
+from pipeline.fitting.loading import load_deformation
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -103,7 +104,7 @@ def _builders(
     baselines: dict[str, Callable[[], Method]] = {
         "temperature": lambda: methods.tempered(c, base("map")),
         "random": lambda: methods.random_directions(c, store.plan.radii()),
-        "gaussian": lambda: Method(c.average(methods.gaussian_draws(c, store, paths, radius))),
+        "gaussian": lambda: Method(c.average(methods.gaussian_draws(c, store, radius))),
         "laplace": lambda: methods.laplace(c, laplace(), linearised=False),
         "laplace_linearised": lambda: methods.laplace(c, laplace(), linearised=True),
         "swag": lambda: methods.swag(c),
@@ -113,13 +114,12 @@ def _builders(
     wanted: dict[str, Callable[[], Method]] = {"map": lambda: methods.map_estimate(c)}
     wanted["walk"] = lambda: Method(c.average(methods.walk_draws(c, store, paths, radius)))
     if c.run.config.deformation.kind != "none":
-        wanted["deformation"] = lambda: Method(c.average(_deformation_draws(c, radius)))
+        wanted["deformation"] = lambda: Method(c.average(deformation_draws(c, radius)))
     return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
 
 
-def _deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
-    from pipeline.stages.deform import load_deformation
-
+def deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """Draws of the deformation models, starts in equal parts."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         if share:
             model = load_deformation(c.run, start)

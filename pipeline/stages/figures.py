@@ -173,7 +173,7 @@ def plane(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> dic
 
 
 def principal_directions(points: torch.Tensor) -> torch.Tensor:
-    """Two leading principal directions of points (n, D), by the Gram matrix, (2, D); the sign makes each sum positive."""
+    """Two leading principal directions of points (n, D), (2, D), by the Gram matrix; signs make each sum positive."""
     centred = points - points.mean(0)
     _, vectors = torch.linalg.eigh(centred @ centred.T)
     basis = vectors[:, -2:].T.flip(0) @ centred

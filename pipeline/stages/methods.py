@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
 from pipeline.bayes.baselines.scaling import fit_scale, rescale
 from pipeline.bayes.baselines.swag import RATES, Swag
+from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
@@ -101,30 +102,22 @@ def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray
     return chosen
 
 
-def gaussian_draws(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> Iterator[tuple[int, Tensor]]:
-    """Draws of the Gaussian with the empirical mean and covariance of all walk points of a start at the radius.
-
-    In sample space: mean + sum_w g_w (theta_w - mean) / sqrt(W - 1) with g standard normal, in passes over the points.
-    """
-    records = paths.records_at(radius)
+def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """Draws of the gaussian control of every start: empirical mean and covariance of its walk points at the radius."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
-        walks = np.flatnonzero((paths.start == start) & ~paths.diverged)
-        if len(walks) < 2:
+        problem = c.problems[start]
+
+        def points(at: float, start: int = start) -> Iterator[Tensor]:
+            return (torch.as_tensor(found.theta) for found in store.points(at, start=start))
+
+        walks = sum(len(batch) for batch in points(radius))
+        if walks < 2:
             raise Unavailable("needs at least two undiverged walks a start")
-        wanted = {int(w): {int(records[w])} for w in walks}
-        theta_star = c.problems[start].theta_star.double()
-        normal = stream(c.run.config.seed, "evaluate-gaussian", start).standard_normal((share, len(walks)))
-        weights = torch.as_tensor(
-            (normal - normal.mean(axis=1, keepdims=True)) / np.sqrt(len(walks) - 1) + 1 / len(walks)
-        )
-        column = {int(w): i for i, w in enumerate(walks)}
-        step = max(1, min(share, _CONTROL_BYTES // (8 * len(theta_star))))
+        model = Gaussian(radius, problem.network.dim, walks, points)
+        rng = stream(c.run.config.seed, "evaluate-gaussian", start)
+        step = max(1, _CONTROL_BYTES // (8 * problem.network.dim))
         for first in range(0, share, step):
-            total = torch.zeros(min(step, share - first), len(theta_star), dtype=torch.float64)
-            for _, numbers, _, theta in read_points(store, wanted):
-                index = [column[w] for w in numbers.tolist()]
-                total += weights[first : first + step, index] @ (theta.double() - theta_star)
-            for piece in (theta_star + total).to(c.problems[start].theta_star).split(c.batch()):
+            for piece in model.draw(rng, min(step, share - first)).split(c.batch()):
                 yield start, piece
 
 

@@ -32,8 +32,11 @@ def score_figure(evaluation: dict[str, Any]) -> Figure:
         axes.set_ylim(len(known) - 0.5, -0.5)
         axes.set_xlabel("test NLL, nats a row (lower is better)")
         axes.grid(axis="y", visible=False)
-    return Figure("scores", "All methods on the same test rows", canvas.svg, "Bars are two standard errors of each value; "
-                  "methods share the rows, so the paired differences below are sharper.")  # fmt: skip
+    caption = (
+        "Bars are two standard errors of each value; methods share the rows, so the paired differences below "
+        "are sharper."
+    )
+    return Figure("scores", "All methods on the same test rows", canvas.svg, caption)
 
 
 def radius_figure(evaluation: dict[str, Any]) -> Figure:
@@ -57,8 +60,11 @@ def radius_figure(evaluation: dict[str, Any]) -> Figure:
         if np.nanmax(rises, initial=0) > 50 * max(evaluation["gamma"], 1e-9):
             low.set_yscale("symlog", linthresh=max(evaluation["gamma"] / 2, 1e-3))
         low.set_xlabel("radius (units of the parameters)")
-    return Figure("radius", "Choice of the radius", canvas.svg, f"Dashed: the chosen radius, by the rule “{evaluation['rule']}”. "
-                  "The rise is of the summed training NLL over the MAP estimate, mean over walks, in nats.")  # fmt: skip
+    caption = (
+        f"Dashed: the chosen radius, by the rule “{evaluation['rule']}”. The rise is of the summed training "
+        "NLL over the MAP estimate, mean over walks, in nats."
+    )
+    return Figure("radius", "Choice of the radius", canvas.svg, caption)
 
 
 def walks_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -82,8 +88,11 @@ def walks_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         axes.set_xlabel("radius")
         axes.set_ylabel("rise of training NLL, nats")
         axes.legend(loc="upper left")
-    return Figure("walks", "Along the walks", canvas.svg, "Thin lines: single walks. Band: from the tenth to the ninetieth "
-                  "percentile. A walk on the fiber stays low while it moves away.")  # fmt: skip
+    caption = (
+        "Thin lines: single walks. Band: from the tenth to the ninetieth percentile. A walk on the fiber "
+        "stays low while it moves away."
+    )
+    return Figure("walks", "Along the walks", canvas.svg, caption)
 
 
 def reliability_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -116,8 +125,11 @@ def reliability_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
             axes.set_visible(False)
         canvas.figure.supxlabel("confidence", fontsize=9)
         canvas.figure.supylabel("share right", fontsize=9)
-    return Figure("reliability", "Does the confidence hold?", canvas.svg, f"On the diagonal, rows predicted with 80 % are right "
-                  f"80 % of the time; below it the method is overconfident. {BINS} bins; area of a point: share of rows.")  # fmt: skip
+    caption = (
+        "On the diagonal, rows predicted with 80 % are right 80 % of the time; below it the method is "
+        f"overconfident. {BINS} bins; area of a point: share of rows."
+    )
+    return Figure("reliability", "Does the confidence hold?", canvas.svg, caption)
 
 
 def selective_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -141,8 +153,8 @@ def selective_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | Non
         axes.set_ylabel("error rate")
         axes.set_ylim(bottom=0)
         axes.legend(ncols=2)
-    return Figure("selective", "If it may say “I do not know”", canvas.svg, "A useful uncertainty makes the curve low on the left: "
-                  "the rows it is sure of are right.")  # fmt: skip
+    caption = "A useful uncertainty makes the curve low on the left: the rows it is sure of are right."
+    return Figure("selective", "If it may say “I do not know”", canvas.svg, caption)
 
 
 def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:

@@ -45,8 +45,11 @@ def band_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
             axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         canvas.axes[-1, 0].set_xlabel("input")
         canvas.figure.supylabel("target", fontsize=9)
-    return Figure("band", "Predictive band", canvas.svg, "Light: central 90 % interval. Darker: what the draws disagree about "
-                  "(epistemic). Dots: training points; crosses: test points.")  # fmt: skip
+    caption = (
+        "Light: central 90 % interval. Darker: what the draws disagree about (epistemic). Dots: training "
+        "points; crosses: test points."
+    )
+    return Figure("band", "Predictive band", canvas.svg, caption)
 
 
 def map_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -82,8 +85,11 @@ def map_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         canvas.figure.colorbar(
             shown, ax=list(panels[: len(names)]), location="bottom", label="entropy, nats", aspect=40, shrink=0.9
         )
-    return Figure("map", "Where it is unsure", canvas.svg, "Predictive entropy; dots are training rows. Far from the data a network "
-                  "that knows what it does not know turns dark.")  # fmt: skip
+    caption = (
+        "Predictive entropy; dots are training rows. Far from the data a network that knows what it does not "
+        "know turns dark."
+    )
+    return Figure("map", "Where it is unsure", canvas.svg, caption)
 
 
 def coverage_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -111,8 +117,11 @@ def coverage_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None
         axes.set_xlabel("predicted standard deviation")
         axes.set_ylabel("root mean squared error")
         axes.legend(ncols=2)
-    return Figure("coverage", "Does the error bar hold?", canvas.svg, f"Test rows in {groups} groups by predicted standard deviation; "
-                  "on the diagonal the error is what was predicted.")  # fmt: skip
+    caption = (
+        f"Test rows in {groups} groups by predicted standard deviation; on the diagonal the error is what was "
+        "predicted."
+    )
+    return Figure("coverage", "Does the error bar hold?", canvas.svg, caption)
 
 
 def plane_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -120,7 +129,7 @@ def plane_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
     if "plane/walks" not in arrays:
         return None
     walks, ends, free = arrays["plane/walks"], arrays["plane/ends"], arrays["plane/random"]
-    alt = f"{len(walks)} walks in the plane of the two main directions of their points at the chosen radius, and random directions."
+    alt = f"{len(walks)} walks and random directions in the plane of the walks' main plane at the chosen radius."
     with drawing("plane", alt, size=(4.7, 3.7)) as canvas:
         axes = canvas.axes[0, 0]
         for line in walks:
@@ -133,8 +142,11 @@ def plane_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, columnspacing=0.9, handletextpad=0.3)
-    return Figure("plane", "The walks in a plane", canvas.svg, "Projection on the two main directions of the walk points at the chosen "
-                  "radius. Random directions of the same norm stay near the middle of any plane; walks are carried where the fit allows.")  # fmt: skip
+    caption = (
+        "Projection on the two main directions of the walk points at the chosen radius. Random directions of "
+        "the same norm stay near the middle of any plane; walks are carried where the fit allows."
+    )
+    return Figure("plane", "The walks in a plane", canvas.svg, caption)
 
 
 def learning_figure(deformation: dict[str, Any]) -> Figure | None:
@@ -156,8 +168,11 @@ def learning_figure(deformation: dict[str, Any]) -> Figure | None:
             axes.plot(series[0], series[1], "o-" if len(series[0]) < 40 else "-", color=SERIES[2], markersize=3.5)
             axes.set_xlabel(label)
             axes.set_ylabel("held-out error" if label == "radius" else series[2])
-    return Figure("learning", "What the deformation learnt", canvas.svg, "Held-out error: squared error of the predicted residual on "
-                  "walks it never saw, relative to predicting none (1 = learnt nothing, 0 = exact).")  # fmt: skip
+    caption = (
+        "Held-out error: squared error of the predicted residual on walks it never saw, relative to "
+        "predicting none (1 = learnt nothing, 0 = exact)."
+    )
+    return Figure("learning", "What the deformation learnt", canvas.svg, caption)
 
 
 def _series(points: Any, xs: tuple[str, ...], ys: tuple[str, ...]) -> tuple[list[float], list[float], str] | None:
@@ -222,7 +237,8 @@ def gallery(arrays: Arrays, classes: list[str], features: list[str], group: str)
             }
         if x is not None and not pictures and x.ndim == 2:
             card["cells"] = [
-                (n, f"{v:.4g}") for n, v in list(zip(features or map(str, range(x.shape[1])), x[line]))[:4]
+                (n, f"{v:.4g}")
+                for n, v in list(zip(features or map(str, range(x.shape[1])), x[line], strict=False))[:4]
             ]
         cards.append(card)
     return cards

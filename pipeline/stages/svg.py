@@ -30,7 +30,7 @@ METHOD_COLOURS = {
     "laplace_linearised": SERIES[7],
     "swag": SERIES[4],
 }
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "font.family": "sans-serif",
@@ -102,7 +102,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
     assert head is not None
     box = re.search(r'viewBox="[^"]*"', head.group(0))
     opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box.group(0) if box else ""} '
-        f'role="img" aria-label="{html.escape(alt, quote=True)}">'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{box.group(0) if box else ""} role="img" aria-label="{html.escape(alt, quote=True)}">'
     )
     return opening + body[head.end() :]

@@ -65,7 +65,7 @@ def metric_titles(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def mark(evaluation: dict[str, Any], metric: str, method: str) -> str:
-    """best: beats every other beyond two standard errors; tied: not told apart from the best. Nothing where all are tied."""
+    """best: beats every other beyond two standard errors; tied: not told apart from it; nothing where all are tied."""
     leaders, methods = evaluation["leaders"].get(metric, []), evaluation["methods"]
     if method not in leaders or len(leaders) == len(methods):
         return ""

@@ -1,8 +1,8 @@
 r"""Laplace approximation with the full Gauss-Newton matrix, for networks of a few thousand parameters.
 
-$H_s = J'\Lambda J + s\,\mathrm{diag}(\alpha)$ at theta*, with one factor s on the prior precision, tuned on validation
-rows as is usual (Daxberger et al. 2021). Sampled: draws of N(theta*, H_s^-1) go through the network. Linearised: they go
-through its first-order expansion at theta* (Immer et al. 2021).
+$H_s = J'\Lambda J + s\,\mathrm{diag}(\alpha)$ at theta*, with one factor s on the prior precision, tuned on
+validation rows as is usual (Daxberger et al. 2021). Sampled: draws of N(theta*, H_s^-1) go through the network.
+Linearised: they go through its first-order expansion at theta* (Immer et al. 2021).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Laplace:
         """Outputs of the linearised network, in double precision, (1, rows, columns) for each offset in turn."""
 
         def expand(offset: Tensor, piece: Tree) -> Tensor:
-            value, slope = jvp(lambda t: self.network.outputs(t, piece), (self.theta_star,), (offset,))
-            return value + slope
+            parts = jvp(lambda t: self.network.outputs(t, piece), (self.theta_star,), (offset,))
+            return parts[0] + parts[1]
 
         for offset in offsets:
             pieces = [slice_rows(x, i, i + 2048) for i in range(0, row_count(x), 2048)]

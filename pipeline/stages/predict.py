@@ -1,0 +1,90 @@
+"""Predictions for new rows: the model average, and how much of its uncertainty is noise and how much is ignorance."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from pipeline.bayes.predictive import Averaged, PredictiveAverage
+from pipeline.bayes.trees import row_count, slice_rows, to_tensors
+from pipeline.data import DataSchema, load_inputs
+from pipeline.errors import InputError, RunError
+from pipeline.run import Run, load_run
+from pipeline.stages.comparison import Comparison, Draws
+from pipeline.stages.evaluate import deformation_draws
+from pipeline.stages.methods import walk_draws
+from pipeline.stages.paths import read_paths
+from pipeline.storage import Storage
+from pipeline.store import SampleStore
+
+_BLOCK = 65_536
+
+
+def predict(run_uri: str, source: str, out_uri: str, *, trust_code: bool = False) -> None:
+    """Write one line a row of `source`: the prediction and its uncertainties, as CSV or Parquet by the suffix.
+
+    Classification: class, the probability of every class, and aleatoric and epistemic entropy in nats. Regression, in
+    the unit of the target: mean, and aleatoric and epistemic standard deviation (their squares add up). Draws come from
+    the deformation model, or from the walks where the run has none.
+
+    Raises:
+        InputError: No finished run there, the rows do not fit the network, or the suffix is neither.
+    """
+    folder, _, name = out_uri.rpartition("/")
+    suffix = name.rpartition(".")[2].lower()
+    if suffix not in ("csv", "parquet"):
+        raise InputError(f"--out must end in .csv or .parquet, got '{out_uri}'.")
+    run = load_run(run_uri, trust_code=trust_code)
+    if not run.storage.exists("radius.json"):
+        raise InputError(f"{run_uri} is not finished: radius.json is missing. Finish it with 'fiberwalk run'.")
+    x = load_inputs(source, run.dataset.schema, run.config.data.target)
+    table = predict_table(run, x)
+    buffer = io.BytesIO()
+    (pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table)(table, buffer)
+    try:
+        Storage.open(folder or ".").replace(name, buffer.getvalue())
+    except RunError as error:
+        raise InputError(f"--out {out_uri} cannot be written: {error}") from error
+
+
+def predict_table(run: Run, x: Any) -> pa.Table:
+    """Predictions of encoded inputs, 65 536 rows at a time, so that memory is that of the answer."""
+    store = SampleStore.open(run.storage)
+    radius = float(run.storage.read_json("radius.json")["radius"])
+    comparison = Comparison.open(run, store.plan.starts, {})
+    parts = []
+    for first in range(0, row_count(x), _BLOCK):
+        averaged = _average(comparison, store, radius, slice_rows(x, first, first + _BLOCK))
+        parts.append(_columns(averaged, run.dataset.schema))
+    return pa.concat_tables(parts)
+
+
+def _average(c: Comparison, store: SampleStore, radius: float, x: Any) -> Averaged:
+    if c.run.storage.exists("deformation/deformation.json"):
+        draws: Draws = deformation_draws(c, radius)
+    else:
+        draws = walk_draws(c, store, read_paths(store), radius)
+    shift, scale = c.unit
+    average = PredictiveAverage(c.problems[0].likelihood, shift=shift, scale=scale, components=False)
+    network = c.problems[0].network
+    tensors = to_tensors(x, network.dtype, network.device)
+    for start, theta in draws:
+        average.add(c.problems[start].network, theta, tensors, c.problems[start].likelihood)
+    return average.result()
+
+
+def _columns(averaged: Averaged, schema: DataSchema) -> pa.Table:
+    """The answer with readable column names."""
+    p = averaged.probabilities
+    if p is not None:
+        columns = {"predicted": np.asarray(schema.classes)[p.argmax(axis=1)]}
+        columns |= {f"probability_{name}": p[:, k] for k, name in enumerate(schema.classes)}
+        return pa.table({**columns, "aleatoric": averaged.aleatoric, "epistemic": averaged.epistemic})
+    assert averaged.mean is not None
+    spreads = {name: np.sqrt(getattr(averaged, name)) for name in ("aleatoric", "epistemic")}
+    return pa.table({"mean": averaged.mean[0], **spreads})
