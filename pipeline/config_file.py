@@ -111,7 +111,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{path} is missing; it has no default"
     if kind == "value_error":
         reason = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
-        whole_section = isinstance(value, (dict, BaseModel)) and "." not in path
+        whole_section = not path or (path in model.model_fields and _fields(model, path))
         return reason if whole_section else _wrong(path, reason, value)
     if value is None:
         return f"{path} must not be null; leave it out for the default"

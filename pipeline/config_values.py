@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -32,7 +31,7 @@ def as_number(value: Any) -> float | int | None:
     """Return a finite number, also from text such as ``1e-3`` (text in YAML 1.1); otherwise None."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e308:
         return None
     return value
 

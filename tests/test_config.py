@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +13,7 @@ import yaml
 from pipeline.config import Config, config_difference, likelihood_kind, load_config, parse_config
 from pipeline.errors import InputError
 
-MINIMAL = {"name": "t", "data": {"source": "sklearn:iris"}}
+MINIMAL: dict[str, Any] = {"name": "t", "data": {"source": "sklearn:iris"}}
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -220,3 +223,32 @@ def test_own_code_is_named() -> None:
     assert parse_config(own).own_code == ("data.source: python:mine:load", "model.architecture: python:mine:net")
     shipped = {"name": "t", "data": {"source": "python:pipeline.data.synthetic:two_moons"}}
     assert parse_config(shipped).own_code == ()
+
+
+WEIRD = [
+    *(None, [], {}, "", " ", "x" * 500, "\x00", "é", "1e999", "-", "0x10", "1_000"),
+    *(math.nan, math.inf, -1, 0, 10**400, 1e300, True, 0.5),
+    *([[1]], {"a": {"b": 1}}, {1: 2}, [None], ["map", "map"], datetime.date(2020, 1, 1), b"bytes"),
+]
+FIELDS = [
+    (name, inner)
+    for name, field in Config.model_fields.items()
+    for inner in getattr(field.annotation, "model_fields", {None: None})
+]
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_any_value_is_taken_or_refused_in_one_line(section: str, field: str | None) -> None:
+    for value in WEIRD:
+        mapping: dict[str, Any] = {**MINIMAL, "data": dict(MINIMAL["data"])}
+        if field is None:
+            mapping[section] = value
+        else:
+            mapping[section] = {**mapping.get(section, {}), field: value}
+        try:
+            config = parse_config(mapping)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            assert section in str(error)
+        else:
+            assert parse_config(config.model_dump(mode="json")).run_id == config.run_id
