@@ -1,0 +1,103 @@
+"""Fit the deformation of one start: the same function in one process and in every Ray Train worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.build import load_problem
+from pipeline.errors import RunError
+from pipeline.fitting.job import FOLDER, FitJob, Rows, Team
+from pipeline.fitting.reading import by_walk, keys_of, stored_rows, to_rows
+from pipeline.fitting.residual import fit_residual
+from pipeline.run import Run
+from pipeline.store import SampleStore
+
+
+def facts_path(start: int) -> str:
+    """Path of what a fit found out, below the run."""
+    return f"{FOLDER}/start={start}/fit.json"
+
+
+def fit(run: Run, job: FitJob, team: Team) -> None:
+    """Fit, and let the first worker write the weights, then the facts that name their digest.
+
+    Raises:
+        RunError: The walks are too few, or storage failed.
+    """
+    store = SampleStore.open(run.storage)
+    problem = load_problem(run, job.start, store.plan)
+    kind = run.config.deformation.kind
+    if kind == "gaussian":
+        tensors, facts = fit_gaussian(run, store, job)
+    elif kind == "metric":
+        from pipeline.fitting.metric import fit_metric
+
+        tensors, facts = fit_metric(run, store.plan, problem, job, team)
+    else:
+        model, facts = fit_residual(run, store.plan, problem, job, team)
+        tensors = model.to_tensors()
+    if team.rank == 0:
+        data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        run.storage.replace(job.weights, data)
+        facts |= {"kind": kind, "trained_on": job.digest, "workers": team.size, "radius": job.radius, "start": job.start}
+        run.storage.replace_json(facts_path(job.start), facts | {"weights_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def fit_gaussian(run: Run, store: SampleStore, job: FitJob) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nothing is learned: the control draws from the stored points themselves."""
+    walks = sum(len(points) for points in store.points(job.radius, start=job.start))
+    if walks < 2:
+        raise RunError(f"deformation.kind: gaussian needs two walks a start that did not diverge; start {job.start} has {walks}.")
+    return Gaussian(job.radius, store.plan.dim, walks, lambda radius: iter(())).to_tensors(), {"walks": walks}
+
+
+class SerialTeam:
+    """One worker in this process: the reference."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, run: Run, job: FitJob):
+        self._run, self._job = run, job
+        self._store = SampleStore.open(run.storage)
+        self._keys = keys_of(self._store, job.start, 0, 1)
+        self._checkpoint = f"{job.scratch}/serial.safetensors"
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Nothing to add."""
+
+    def rows(self) -> Iterator[Rows]:
+        """See `Team.rows`."""
+        for columns in stored_rows(self._store, self._keys):
+            yield to_rows(columns, 0, 1, by_walk(self._store, self._job.start, 1))
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """One file of tensors and one of facts, the facts last."""
+        self._run.storage.replace(self._checkpoint, save(tensors))
+        digest = hashlib.sha256(save(tensors)).hexdigest()
+        self._run.storage.replace_json(f"{self._checkpoint}.json", facts | {"sha256": digest})
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last checkpoint whose two files belong together."""
+        if not self._run.storage.exists(f"{self._checkpoint}.json"):
+            return None
+        facts, data = self._run.storage.read_json(f"{self._checkpoint}.json"), self._run.storage.read(self._checkpoint)
+        return (load(data), facts) if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
+
+
+def train_in_process(run: Run, job: FitJob) -> None:
+    """The serial reference of a trainer."""
+    threads = torch.get_num_threads()
+    fit(run, job, SerialTeam(run, job))
+    torch.set_num_threads(threads)

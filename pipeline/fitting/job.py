@@ -1,0 +1,124 @@
+"""What a fit needs from whoever runs it: one process, or several workers that Ray Train has started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.run import Run
+
+FOLDER = "deformation"
+HELD_OUT = 10
+"""Every so many walks one is held out."""
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """Which model of which points. With the number of workers it fixes the weights."""
+
+    start: int
+    radius: float
+    """The selected radius."""
+    digest: str
+    """Of the blocks to learn from."""
+
+    @property
+    def weights(self) -> str:
+        """Path of the fitted weights below the run."""
+        return weights_path(self.start)
+
+    @property
+    def scratch(self) -> str:
+        """Folder of checkpoints below the run, gone after success."""
+        return f"{FOLDER}/train/{self.digest[:12]}-start{self.start}"
+
+
+def weights_path(start: int) -> str:
+    """Path of the weights of one start below the run."""
+    return f"{FOLDER}/weights.safetensors" if start == 0 else f"{FOLDER}/start={start}/weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Recorded points, b of them."""
+
+    walk: np.ndarray
+    """(b,)."""
+    radius: np.ndarray
+    """Drift so far, (b,) float64."""
+    potential: np.ndarray
+    """(b,) float64."""
+    theta: Tensor
+    """(b, D)."""
+
+
+class Team(Protocol):
+    """The workers of one fit, seen from one of them."""
+
+    rank: int
+    size: int
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Add up over workers, in place, the same result on each."""
+        ...
+
+    def rows(self) -> Iterator[Rows]:
+        """Points of this worker's walks, walks that never diverged, always in the same order."""
+        ...
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over workers."""
+        ...
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Make a checkpoint; called by every worker with the same arguments."""
+        ...
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last checkpoint, None at first."""
+        ...
+
+
+class Trainer(Protocol):
+    """Fits the deformation of one start and leaves its weights and its facts in the run's storage."""
+
+    def __call__(self, run: Run, job: FitJob) -> None:
+        """Goes on from the last checkpoint of the same job. Raises RunError."""
+        ...
+
+
+def is_held_out(walk: np.ndarray) -> np.ndarray:
+    """Whether walks are kept for judging, (b,) bool."""
+    return walk % HELD_OUT == HELD_OUT // 2
+
+
+def memory_estimate(dim: int, rank: int, batch: int, itemsize: int = 4) -> int:
+    """Bytes of one worker: 2 D (k + 8) for the sketch, D (k + 10) while training, 4 batch D for rows, and the coefficients.
+
+    The larger of the first two, since the sketch is gone when training begins. What is held of the walks (coefficients and
+    inputs, no positions) is bounded by `HELD_BYTES`.
+    """
+    from pipeline.bayes.deformation.basis import OVERSAMPLING
+
+    sketch = 2 * dim * (min(dim, rank + OVERSAMPLING)) * itemsize
+    training = dim * (min(dim, rank) + 10) * itemsize
+    return max(sketch, training) + 4 * batch * dim * itemsize + HELD_BYTES
+
+
+HELD_BYTES = 1 << 30
+"""Most bytes of projected coefficients and inputs that one worker holds; further walks are left out of the fit."""
+
+
+def batch_rows(dim: int) -> int:
+    """Rows read at once: about 32 MB."""
+    return max(1, (32 << 20) // (4 * dim))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or float64."""
+    return torch.float64 if name == "float64" else torch.float32

@@ -1,0 +1,45 @@
+"""From stored weights to a deformation that draws. Nothing is unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from pipeline.bayes.deformation.base import Deformation
+from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.residual import Residual
+from pipeline.build import load_problem
+from pipeline.errors import InputError
+from pipeline.fitting.job import weights_path
+from pipeline.run import Run
+from pipeline.store import SampleStore
+
+
+def load_deformation(run: Run, start: int) -> Deformation:
+    """The fitted model of one start.
+
+    Raises:
+        InputError: The run has no deformation yet, or it was configured without one.
+    """
+    path = weights_path(start)
+    if run.config.deformation.kind == "none" or not run.storage.exists(path):
+        raise InputError(f"{run.uri} has no deformation model ({path} is missing). Run 'fiberwalk run' with a deformation.kind.")
+    tensors = load(run.storage.read(path))
+    if "gaussian" in tensors:
+        store = SampleStore.open(run.storage)
+
+        def points(radius: float) -> Iterator[Tensor]:
+            return (torch.from_numpy(p.theta) for p in store.points(radius, start=start))
+
+        return Gaussian.from_tensors(tensors, points)
+    if "metric.radius" in tensors:
+        from pipeline.bayes.deformation.metric import Metric
+
+        return Metric.from_tensors(tensors)
+    from pipeline.fitting.residual import probe_of
+
+    problem = load_problem(run, start)
+    return Residual.from_tensors(tensors, probe_of(run, problem, len(tensors["chain.marks"])))

@@ -1,0 +1,275 @@
+"""Train the nonlinear remainder: held-out walks say when to stop, and whether to keep it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.bayes.deformation.remainder import Remainder
+from pipeline.bayes.deformation.residual import Residual
+from pipeline.build import Problem
+from pipeline.fitting.job import FitJob, Team
+from pipeline.fitting.reading import Grid
+from pipeline.plan import stream
+from pipeline.run import Run
+
+if TYPE_CHECKING:
+    from pipeline.fitting.residual import Walks
+
+BATCH = 256
+"""Walks of a step, over all workers."""
+FRESH = 32
+"""Fresh directions of a step for the likelihood term, over all workers, at most."""
+TERM_ROWS = 512
+"""Training rows that the likelihood term looks at in one step, at most."""
+TERM_WORK = 4e9
+"""Fresh directions times D of a whole training, at most; the steps fall to fit it."""
+UNIT = 0.1
+"""Size of the remainder's unit relative to the residual."""
+WEIGHT = 0.1
+"""Weight of the logarithm of the rise of U over that of the walks, against the relative squared error."""
+MARGIN = 1.1
+"""The likelihood term is silent while draws rise less than this many times the walks: it pulls them back, not further."""
+CHECKS = 20
+"""Times that a training is judged."""
+PATIENCE = 6
+"""Judgements without progress after which it stops."""
+LEARNING_RATE = 1e-3
+DECAY = 1e-2
+
+
+class Term:
+    """The likelihood term: how far fresh draws lie above the walks, and which way down is."""
+
+    def __init__(self, run: Run, problem: Problem, model: Residual, job: FitJob, team: Team, walk_rise: float):
+        self._potential, self._model, self._job, self._team = problem.potential, model, job, team
+        self._seed, self._walk_rise = run.config.seed, max(walk_rise, 1e-6)
+        self._count = max(1, min(FRESH, int(TERM_WORK / 1000 / problem.network.dim)) // team.size)
+        self._star = problem.theta_star.detach()[None]
+
+    def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """Fresh directions (n, D) and their inputs (n, p)."""
+        rng = stream(self._seed, purpose, self._job.start, step, self._team.rank)
+        directions = self._model.free.directions(rng, count, self._model.chain.basis.dtype)
+        with torch.no_grad():
+            return directions, self._model.chain.inputs(directions, self._model.radius)
+
+    def directions(self, step: int) -> tuple[Tensor, Tensor]:
+        """Those of one training step."""
+        return self.draws("deform-fresh", step, self._count)
+
+    def pull(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, float]:
+        """Surrogate whose gradient is that of log(rise / walks' rise), and the ratio itself."""
+        position, gradient, rise = self._evaluate(directions, coefficients.detach(), step)
+        ratio = float(rise.mean()) / self._walk_rise
+        if not math.isfinite(ratio) or ratio <= MARGIN:
+            return coefficients.sum() * 0.0, ratio
+        slope = (gradient.to("cpu", coefficients.dtype) @ self._model.chain.basis.T) / (ratio * self._walk_rise * len(rise))
+        return (slope * coefficients).sum(), ratio
+
+    def ratio(self, rise: Tensor) -> float:
+        """Mean rise over that of the walks."""
+        return float(rise.mean()) / self._walk_rise
+
+    def rise(self, directions: Tensor, coefficients: Tensor) -> Tensor:
+        """Exact rise of U over theta* on all training rows, (n,)."""
+        position = self._model.chain.position(directions, coefficients, self._model.radius).to(self._star)
+        return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
+
+    def _evaluate(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        position = self._model.chain.position(directions, coefficients, self._model.radius).to(self._star)
+        rows, scale = None, 1.0
+        if self._potential.rows > TERM_ROWS:
+            rng = stream(self._seed, "deform-rows", self._job.start, step)
+            index = rng.choice(self._potential.rows, TERM_ROWS, replace=False)
+            rows, scale = torch.as_tensor(index, device=position.device), self._potential.rows / TERM_ROWS
+        gradient, nll = self._potential.nll_gradient(position, rows)
+        _, star = self._potential.nll_gradient(self._star, rows)
+        prior = self._potential.prior(position) - self._potential.prior(self._star)
+        rise = (nll - star) * scale + prior
+        return position, torch.addcmul(gradient * scale, self._potential.precision, position), rise.double()
+
+
+def fit_remainder(
+    run: Run, problem: Problem, job: FitJob, team: Team, model: Residual, walks: Walks, grid: Grid
+) -> dict[str, Any]:
+    """Train on top of the cores of `model` and set `model.remainder` if it helps. Returns facts for the report."""
+    settings = run.config.deformation
+    target = walks.targets[:, grid.selected]
+    there = ~target[:, 0].isnan()
+    core = _core_part(model, walks, grid)
+    sums = _sums(team, walks, target - core, target, there)
+    star = float(problem.potential.value(problem.theta_star.detach()[None])[0])
+    rise = torch.stack([(walks.rise[there, grid.selected] - star).sum(), there.sum().double()])
+    team.sum([rise])
+    walk_rise = float(rise[0] / rise[1].clamp_min(1))
+    term = Term(run, problem, model, job, team, walk_rise)
+    weight = WEIGHT if settings.likelihood_weight == "auto" else float(settings.likelihood_weight)
+    steps = _steps(settings.steps, problem.network.dim)
+    facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "likelihood_weight": weight, "steps": steps}
+    if not steps or sums["count"] < 2:
+        return facts | {"heldout_error": sums["error"], "remainder": False, "curve": []}
+    remainder = _new(run, job, model, walks, sums, settings.hidden)
+    judge = Judge(team, term, walks, core, target, there, weight)
+    curve = _train(run, job, team, remainder, term, judge, steps)
+    best = min(curve, key=lambda point: point["score"])
+    facts |= {"curve": curve, "remainder": bool(best["step"] > 0), "heldout_error": best["heldout_error"]}
+    if best["step"] > 0:
+        model.remainder = remainder
+    return facts
+
+
+class Judge:
+    """Scores a remainder on held-out walks and on the potential of the same fresh draws each time."""
+
+    def __init__(
+        self, team: Team, term: Term, walks: Walks, core: Tensor, target: Tensor, there: Tensor, weight: float
+    ):
+        self.walks, self.core, self.target, self.weight = walks, core, target, weight
+        self.train, self.held = torch.nonzero(there & ~walks.held)[:, 0], there & walks.held
+        self._team, self._term = team, term
+        self._directions, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term._count))
+        self._linear = term._model.chain.coefficients(self._inputs, term._model.radius)
+
+    @torch.no_grad()
+    def __call__(self, remainder: Remainder, step: int) -> dict[str, Any]:
+        """One point of the learning curve."""
+        remainder.eval()
+        left = self.target[self.held] - self.core[self.held]
+        after = left - remainder(self.walks.inputs[self.held]) if step and len(left) else left
+        draws = self._linear + remainder(self._inputs) if step else self._linear
+        rise = self._term.rise(self._directions, draws)
+        sums = torch.stack(
+            [after.square().sum().double(), self.target[self.held].square().sum().double(), rise.sum(), torch.tensor(float(len(rise))).double()]
+        )
+        self._team.sum([sums])
+        remainder.train()
+        error = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 0.0
+        ratio = float(sums[2] / sums[3]) / self._term._walk_rise
+        score = error + self.weight * math.log(max(ratio, MARGIN) / MARGIN) if math.isfinite(ratio) else math.inf
+        return {"step": step, "heldout_error": error, "rise_ratio": ratio, "score": score}
+
+
+def _train(
+    run: Run, job: FitJob, team: Team, remainder: Remainder, term: Term, judge: Judge, steps: int
+) -> list[dict[str, Any]]:
+    """Adam with a falling rate; leaves the best weights in `remainder`. Goes on from the last checkpoint."""
+    optimiser = torch.optim.AdamW(remainder.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
+    best = {name: value.clone() for name, value in remainder.state_dict().items()}
+    curve: list[dict[str, Any]] = [judge(remainder, 0)]
+    first = 0
+    found = team.restore()
+    if found is not None:
+        first, curve = int(found[1]["step"]), list(found[1]["curve"])
+        best = _load(found[0], remainder, optimiser)
+    wrapped = team.wrap(remainder)
+    remainder.train()
+    every = max(1, steps // CHECKS)
+    for step in range(first, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = _loss(run, job, team, wrapped, remainder, term, judge, step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(remainder.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % every == 0:
+            curve.append(judge(remainder, step + 1) | {"loss": float(loss.detach())})
+            if curve[-1]["score"] <= min(point["score"] for point in curve):
+                best = {name: value.clone() for name, value in remainder.state_dict().items()}
+            team.save(step + 1, _dump(remainder, optimiser, best), {"step": step + 1, "curve": curve})
+            since = len(curve) - 1 - min(range(len(curve)), key=lambda i: curve[i]["score"])
+            if since >= PATIENCE:
+                break
+    remainder.load_state_dict(best)
+    remainder.eval()
+    return curve
+
+
+def _loss(
+    run: Run, job: FitJob, team: Team, wrapped: Callable[..., Tensor], remainder: Remainder, term: Term, judge: Judge, step: int
+) -> Tensor:
+    """Relative squared error on a batch of walks plus the likelihood term on fresh directions."""
+    rng = stream(run.config.seed, "deform-batch", job.start, step, team.rank)
+    noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    count = len(judge.train)
+    size = min(count, max(1, BATCH // team.size))
+    chosen = judge.train[torch.as_tensor(rng.choice(count, size, replace=False))] if count else judge.train
+    inputs, directions = judge.walks.inputs[chosen], None
+    if judge.weight:
+        directions, fresh = term.directions(step)
+        inputs = torch.cat([inputs, fresh])
+    outputs = wrapped(inputs, noise)
+    left = judge.target[chosen] - judge.core[chosen]
+    unit = (remainder.unit[0] / UNIT).square().to(left.dtype)
+    loss = (outputs[:size] - left).square().sum(1).mean() / unit if size else outputs.sum() * 0
+    if directions is not None:
+        linear = term._model.chain.coefficients(inputs[size:], term._model.radius)
+        pulled, _ = term.pull(directions, linear + outputs[size:], step)
+        loss = loss + judge.weight * pulled
+    return loss
+
+
+def _core_part(model: Residual, walks: Walks, grid: Grid) -> Tensor:
+    if not len(walks.walk):
+        return walks.targets[:, grid.selected]
+    return model.chain.coefficients(walks.inputs, grid.nodes[grid.selected])
+
+
+def _sums(team: Team, walks: Walks, left: Tensor, target: Tensor, there: Tensor) -> dict[str, Any]:
+    """Statistics of inputs and targets over the training walks of all workers."""
+    train, held = there & ~walks.held, there & walks.held
+    x = walks.inputs[train].double()
+    sums = [torch.tensor([float(train.sum())]).double(), x.sum(0), x.square().sum(0), target[train].double().square().sum()[None]]
+    errors = [left[held].double().square().sum()[None], target[held].double().square().sum()[None]]
+    team.sum(sums + errors)
+    count = float(sums[0])
+    mean = sums[1] / max(count, 1)
+    std = (sums[2] / max(count, 1) - mean.square()).clamp_min(0).sqrt()
+    error = float(errors[0] / errors[1]) if float(errors[1]) > 0 else None
+    return {"count": count, "mean": mean, "std": std, "rms": math.sqrt(float(sums[3]) / max(count, 1)), "error": error}
+
+
+def _steps(wanted: int, dim: int) -> int:
+    """Training steps: fewer where one fresh direction is long."""
+    return min(wanted, max(CHECKS, int(TERM_WORK / (FRESH * dim)))) if wanted else 0
+
+
+def _new(run: Run, job: FitJob, model: Residual, walks: Walks, sums: dict[str, Any], hidden: Any) -> Remainder:
+    dtype = walks.inputs.dtype
+    center, scale = sums["mean"].clone(), sums["std"].clamp_min(1e-12)
+    center[0], scale[0] = 0.0, 1.0
+    unit = UNIT * max(sums["rms"], 1e-12)
+    k = len(model.chain.basis)
+    remainder = Remainder(center.to(dtype), scale.to(dtype), unit, model.radius, k, hidden).to(dtype)
+    seed = int(stream(run.config.seed, "deform-init", job.start).integers(2**62))
+    remainder.reset(torch.Generator().manual_seed(seed))
+    return remainder
+
+
+def _dump(remainder: Remainder, optimiser: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint as named tensors."""
+    tensors = {f"now.{name}": value for name, value in remainder.state_dict().items()}
+    tensors |= {f"best.{name}": value for name, value in best.items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+
+
+def _load(tensors: dict[str, Tensor], remainder: Remainder, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Inverse of `_dump`; returns the best weights."""
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimiser": {}}
+    for name, value in tensors.items():
+        kind, rest = name.split(".", 1)
+        parts[kind][rest] = value
+    remainder.load_state_dict(parts["now"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimiser"].items():
+        index, field = name.split(".", 1)
+        state.setdefault(int(index), {})[field] = value
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+    return parts["best"]

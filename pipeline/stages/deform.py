@@ -1,0 +1,155 @@
+"""The deformation stage: fit one model a start, judge its draws beside the walks, and say so in ``deformation.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pyarrow.fs import FileType
+from torch import Tensor
+
+from pipeline.bayes.deformation.base import Deformation
+from pipeline.build import Problem, load_problem
+from pipeline.errors import RunError
+from pipeline.fitting.fit import facts_path, train_in_process
+from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, memory_estimate
+from pipeline.fitting.loading import load_deformation
+from pipeline.plan import stream
+from pipeline.progress import Progress
+from pipeline.run import Run, versions
+from pipeline.store import SampleStore
+
+__all__ = ["deform", "load_deformation", "train_in_process"]
+SUMMARY = f"{FOLDER}/deformation.json"
+JUDGED = 128
+"""Draws a start whose potential is measured."""
+
+
+def deform(run: Run, trainer: Trainer, report: Progress) -> None:
+    """Fit what is missing; a fit of other blocks than the present ones is done again.
+
+    Raises:
+        RunError: Too little memory, or the fit failed.
+    """
+    settings = run.config.deformation
+    if settings.kind == "none":
+        return
+    store = SampleStore.open(run.storage)
+    digest = store.digest()
+    if run.storage.exists(SUMMARY):
+        if run.storage.read_json(SUMMARY)["trained_on"] == digest:
+            return
+        report.note("The blocks have changed since the deformation was fitted: fitting it again.")
+    check_memory(run, store.plan.dim)
+    radius = float(run.storage.read_json("radius.json")["radius"])
+    found = []
+    with report.bar("Deformation", store.plan.starts) as bar:
+        for start in range(store.plan.starts):
+            job = FitJob(start, radius, digest)
+            if not fitted(run, job):
+                trainer(run, job)
+            _remove_scratch(run, job)
+            found.append(judge(run, store, start, run.storage.read_json(facts_path(start))))
+            bar.advance(1, _line(found[-1]))
+    summary = summarise(run, radius, digest, found)
+    run.storage.replace_json(SUMMARY, summary)
+    report.note(f"Deformation: {_line(summary)}")
+
+
+def fitted(run: Run, job: FitJob) -> bool:
+    """Whether the weights of this job are there."""
+    if not run.storage.exists(facts_path(job.start)) or not run.storage.exists(job.weights):
+        return False
+    facts = run.storage.read_json(facts_path(job.start))
+    return facts["trained_on"] == job.digest and facts["radius"] == job.radius
+
+
+def check_memory(run: Run, dim: int) -> None:
+    """Raise RunError with the arithmetic where a worker of the fit would not fit in this machine's memory."""
+    settings = run.config.deformation
+    if settings.kind == "gaussian":
+        return
+    need = memory_estimate(dim, settings.rank, batch_rows(dim))
+    have = _total_memory()
+    if have and need > have:
+        raise RunError(
+            f"The deformation needs {need / 2**30:.1f} GiB a worker (2 x D x (rank + 8) x 4 bytes, D = {dim}, rank = "
+            f"{settings.rank}), this machine has {have / 2**30:.1f} GiB. Lower deformation.rank, or set deformation.kind: none."
+        )
+
+
+def _total_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Add what its draws are worth: their rise of U beside the walks', and the share above the walks' 99 % level."""
+    problem = load_problem(run, start, store.plan)
+    star = float(problem.potential.value(problem.theta_star[None])[0])
+    radius = float(facts["radius"])
+    walk = np.concatenate([points.potential for points in store.points(radius, start=start)]) - star
+    model = load_deformation(run, start)
+    rise = potential_of(problem, model, run, start) - star
+    level = float(np.quantile(walk, 0.99))
+    return facts | {
+        "walk_potential_rise": float(walk.mean()),
+        "walk_potential_rise_99": level,
+        "potential_rise": _finite(float(rise.mean())),
+        "potential_rise_median": _finite(float(np.median(rise))),
+        "share_above_99": float((~(rise <= level)).mean()),
+    }
+
+
+def potential_of(problem: Problem, model: Deformation, run: Run, start: int, draws: int = JUDGED) -> np.ndarray:
+    """Potential of fresh draws, (draws,)."""
+    rng = stream(run.config.seed, "deform-report", start)
+    batch = max(1, min(draws, (256 << 20) // (8 * model.dim)))
+    parts: list[Tensor] = []
+    for first in range(0, draws, batch):
+        theta = model.draw(rng, min(batch, draws - first)).to(problem.theta_star)
+        parts.append(problem.potential.value(theta).double().cpu())
+    return torch.cat(parts).numpy()
+
+
+def summarise(run: Run, radius: float, digest: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``deformation.json`` holds: means over starts, and each start by itself."""
+
+    def mean(name: str) -> float | None:
+        values = [facts[name] for facts in found if facts.get(name) is not None]
+        return float(np.mean(values)) if values else None
+
+    names = ("heldout_error", "potential_rise", "walk_potential_rise", "walk_potential_rise_99", "share_above_99")
+    return {
+        "kind": run.config.deformation.kind,
+        "radius": radius,
+        "trained_on": digest,
+        "seed": run.config.seed,
+        "workers": found[0]["workers"],
+        "versions": versions(),
+        **{name: mean(name) for name in names},
+        "heldout_error_by_radius": found[0].get("heldout_error_by_radius"),
+        "curve": found[0].get("curve"),
+        "starts": found,
+    }
+
+
+def _remove_scratch(run: Run, job: FitJob) -> None:
+    if run.storage.protocol == "file" or run.storage.list(job.scratch):
+        files, base = run.storage.arrow_filesystem()
+        if files.get_file_info(f"{base}/{FOLDER}/train").type != FileType.NotFound:
+            files.delete_dir(f"{base}/{FOLDER}/train")
+
+
+def _line(facts: dict[str, Any]) -> str:
+    error = facts.get("heldout_error")
+    rises = f"rise of U {facts['potential_rise']:.4g}, walks {facts['walk_potential_rise']:.4g}" if facts["potential_rise"] else ""
+    return (f"held-out error {error:.3f}, " if error is not None else "") + rises
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

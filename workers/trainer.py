@@ -1,0 +1,150 @@
+"""Fit deformations with Ray Train: several workers, rows streamed by Ray Data, checkpoints in the run's own storage.
+
+The workers run the same function as the serial reference. A worker that dies is started again by Ray Train; a driver that
+died is replaced by running the same command, since a trainer with the same place and name goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.data import ExecutionOptions
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.errors import RunError
+from pipeline.fitting.fit import fit
+from pipeline.fitting.job import FitJob, Rows, batch_rows
+from pipeline.fitting.reading import COLUMNS, by_walk, keys_of, to_rows
+from pipeline.run import Run
+from pipeline.store import SampleStore
+
+TENSORS, FACTS = "state.safetensors", "facts.json"
+
+
+def train(run: Run, job: FitJob) -> None:
+    """Fit the deformation of one start on `deformation.workers` workers of the connected cluster.
+
+    Raises:
+        RunError: Workers failed more than `cluster.max_restarts` times; running again goes on from the last checkpoint.
+    """
+    workers = run.config.deformation.workers
+    files, base = run.storage.arrow_filesystem()
+    folder, name = f"{base}/{job.scratch}".rsplit("/", 1)
+    if run.storage.protocol == "file":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own changes to come
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"run": ray.put(run), "job": job},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=run.config.cluster.gpus_per_actor > 0),
+            torch_config=TorchConfig(backend="gloo"),
+            datasets={_points(rank): _dataset(run, job, rank, workers) for rank in range(workers)},
+            dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
+            run_config=RunConfig(
+                name=name,
+                storage_path=folder,
+                storage_filesystem=files,
+                failure_config=FailureConfig(max_failures=run.config.cluster.max_restarts),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            reason = _reason(error)
+            raise RunError(f"The deformation of start {job.start} failed: {reason} Run again to go on.") from error
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each worker does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run, job = ray.get(config["run"]), config["job"]
+        context = ray.train.get_context()
+        torch.set_num_threads(1)
+        fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
+        ray.train.report({"done": True})
+
+
+class RayTeam:
+    """One worker among those of Ray Train; see `pipeline.fitting.job.Team`."""
+
+    def __init__(self, run: Run, job: FitJob, rank: int, size: int):
+        self.rank, self.size = rank, size
+        store = SampleStore.open(run.storage)
+        self._shared, self._batch = by_walk(store, job.start, size), batch_rows(store.plan.dim)
+        self._empty = not keys_of(store, job.start, rank, size)
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """All-reduce, one tensor after the other."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def rows(self) -> Iterator[Rows]:
+        """Batches of this worker's own stream, in the order of the blocks."""
+        if self._empty:
+            return
+        stream = ray.train.get_dataset_shard(_points(self.rank))
+        for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
+            yield to_rows(dict(columns), self.rank, self.size, self._shared)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Distributed data parallel where there is more than one worker."""
+        return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Report a checkpoint; the first worker brings the files."""
+        if self.rank:
+            ray.train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory(prefix="fiberwalk-") as folder:
+            save_file(tensors, Path(folder, TENSORS))
+            Path(folder, FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last checkpoint that Ray Train knows."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
+            return load_file(Path(folder, TENSORS)), facts
+
+
+def _points(rank: int) -> str:
+    return f"points-{rank}"
+
+
+def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
+    """The rows of one worker, read when it asks for them."""
+    store = SampleStore.open(run.storage)
+    files, base = run.storage.arrow_filesystem()
+    paths = [f"{base}/{key.path}" for key in keys_of(store, job.start, rank, size)]
+    if not paths:
+        return ray.data.from_items([{"walk": -1}])
+    return ray.data.read_parquet(paths, columns=COLUMNS, filesystem=files, partitioning=None)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong in a worker."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+        cause = cause.cause
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return lines[-1].strip().rstrip(".") + "." if lines else type(cause).__name__ + "."
