@@ -23,6 +23,8 @@ Entries = list[Entry]
 Names = list[str]
 PATIENCE = float(os.environ.get("FIBERWALK_STORAGE_PATIENCE", "120"))
 """Seconds for which an operation is tried again while its place gives passing errors."""
+CHECK_PATIENCE = 12.0
+"""The same for the test whether a place can be written, in total; it must end within 30 s."""
 _ADVICE = {
     "NoSuchBucket": "There is no such bucket. Create it first, or name another.",
     "SignatureDoesNotMatch": "The secret key is wrong. Check AWS_SECRET_ACCESS_KEY.",
@@ -190,7 +192,7 @@ class Storage:
         try:
             if self.protocol == "file":
                 made = make_folders(Path(self.uri))
-            backend = self._connect(Patience(14, in_total=True), connect_timeout=3, read_timeout=4)
+            backend = self._connect(Patience(CHECK_PATIENCE, in_total=True), connect_timeout=3, read_timeout=4)
             if isinstance(backend, S3Backend):
                 _find_bucket(backend)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -26,6 +27,25 @@ def _taken(error: BaseException) -> bool:
     return service_code(error) in _TAKEN or isinstance(error, FileExistsError)
 
 
+@functools.lru_cache(maxsize=8)
+def _connect(process: int, settings: tuple[tuple[str, str], ...], connect_timeout: float, read_timeout: float) -> Any:
+    """Return one s3fs file system for each process and each set of credentials; making one takes half a second.
+
+    It must not live through a fork, so the process is part of the key.
+    """
+    import s3fs
+
+    config = {
+        "connect_timeout": connect_timeout,
+        "read_timeout": read_timeout,
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 16,
+    }
+    files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
+    files.retries = 1  # retrying is done here, where an ambiguous answer can be told from a plain one
+    return files
+
+
 class S3Backend:
     """A bucket and prefix, through s3fs. See `pipeline.backends.base.Backend` for the meaning of each method."""
 
@@ -34,19 +54,10 @@ class S3Backend:
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._patience = patience
         self._timeouts = {"connect_timeout": connect_timeout, "read_timeout": read_timeout}
-        self._files: Any = None
-        self._process = 0
 
     def _connection(self) -> Any:
-        """Return the s3fs file system of this process; one must not live through a fork."""
-        if self._files is None or self._process != os.getpid():
-            import s3fs
-
-            config = {**self._timeouts, "retries": {"total_max_attempts": 1}, "max_pool_connections": 16}
-            self._files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
-            self._files.retries = 1  # retrying is done here, where an ambiguous answer can be told from a plain one
-            self._process = os.getpid()
-        return self._files
+        settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+        return _connect(os.getpid(), settings, *self._timeouts.values())
 
     def request(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Send one request, without retries. Twice the time-outs is the limit for all of it, the body included."""

@@ -1,0 +1,311 @@
+"""Storage: the first writer of a name wins, on a disk and on S3; passing failures pass, others are one clear line."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import pickle
+import resource
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.backends import base
+from pipeline.backends.base import Patience, passing, scrub
+from pipeline.backends.s3 import PART
+from pipeline.errors import InputError, RunError
+from pipeline.storage import Storage
+from tests.s3server import READER, READER_SECRET, SECRET, S3Server
+
+
+@pytest.fixture
+def storage(root: str) -> Storage:
+    return Storage.open(root)
+
+
+def test_what_is_created_is_read_back(storage: Storage):
+    assert storage.create("a/b/data.bin", b"0123456789")
+    assert storage.read("a/b/data.bin") == b"0123456789"
+    assert storage.read_range("a/b/data.bin", 3, 4) == b"3456"
+    assert storage.size("a/b/data.bin") == 10
+    assert storage.child("a").exists("b/data.bin")
+    with storage.open_input("a/b/data.bin") as file:
+        assert file.seek(-2, os.SEEK_END) == 8
+        assert file.read() == b"89"
+
+
+def test_a_taken_name_keeps_its_first_bytes(storage: Storage):
+    assert storage.create("name", b"first")
+    assert not storage.create("name", b"second")
+    assert storage.read("name") == b"first"
+
+
+def test_eight_writers_have_one_winner(storage: Storage):
+    for turn in range(3):
+        barrier = threading.Barrier(8)
+
+        def write(number: int, barrier: threading.Barrier = barrier, turn: int = turn) -> bool:
+            own = pickle.loads(pickle.dumps(storage))
+            barrier.wait()
+            return own.create(f"race-{turn}", b"%d" % number * 1000)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(write, range(8)))
+        assert sum(won) == 1
+        assert storage.read(f"race-{turn}") == b"%d" % won.index(True) * 1000
+
+
+def test_large_objects_are_committed_in_one_step(storage: Storage):
+    data = os.urandom(PART) * 2 + b"the rest"
+    pieces = [data[i : i + 2**20] for i in range(0, len(data), 2**20)]
+    assert storage.create_from("large", lambda file: file.writelines(pieces))
+    assert storage.read("large") == data
+    assert not storage.create("large", data[::-1])
+    assert storage.read_range("large", len(data) - 4, 4) == b"rest"
+    assert storage.sweep(min_age=0) == []
+
+
+def test_a_writer_that_fails_leaves_nothing(storage: Storage):
+    def write(file):
+        file.write(b"half")
+        raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        storage.create_from("name", write)
+    assert storage.list() == []
+    assert storage.create("name", b"whole")
+
+
+def test_listing_is_paged_sorted_and_filtered(storage: Storage):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: storage.create(f"many/{n:05d}.x", b""), range(1100)))
+    storage.create("many/other.y", b"12")
+    storage.create("manyfold.x", b"")
+    assert [entry.path for entry in storage.list("many", ".x")] == [f"many/{n:05d}.x" for n in range(1100)]
+    assert [(entry.path, entry.size) for entry in storage.list("many", ".y")] == [("many/other.y", 2)]
+    assert storage.list("nowhere") == []
+
+
+def test_replace_and_delete(storage: Storage):
+    storage.replace_json("value.json", {"b": 1, "a": [2.5]})
+    storage.replace_json("value.json", {"a": 3})
+    assert storage.read_json("value.json") == {"a": 3}
+    storage.delete("value.json")
+    storage.delete("value.json")
+    assert not storage.exists("value.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read("value.json")
+    with pytest.raises(FileNotFoundError):
+        storage.open_input("value.json")
+
+
+def test_a_json_object_that_is_not_json_is_named(storage: Storage):
+    storage.create("plan.json", b"{")
+    with pytest.raises(RunError, match=r"plan\.json is not JSON"):
+        storage.read_json("plan.json")
+
+
+def test_check_writable_leaves_no_trace(storage: Storage):
+    storage.check_writable()
+    assert storage.list() == []
+    if storage.protocol == "file":
+        assert not Path(storage.uri).exists()
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "a//b", "", ".", "a\\b", "a/./b", "x\0"])
+def test_names_cannot_leave_the_root(tmp_path: Path, path: str):
+    storage = Storage.open(str(tmp_path))
+    for call in (storage.read, storage.exists, storage.delete, storage.child, lambda p: storage.create(p, b"")):
+        with pytest.raises(InputError):
+            call(path)
+
+
+def test_a_symbolic_link_cannot_lead_out_of_the_root(tmp_path: Path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="symbolic link"):
+        Storage.open(str(tmp_path / "root")).create("link/x", b"")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_any_fsspec_place_works():
+    storage = Storage.open(f"memory://{os.urandom(4).hex()}/x")
+    storage.check_writable()
+    assert storage.create("a", b"1")
+    assert not storage.create("a", b"2")
+    assert storage.read_range("a", 0, 1) == b"1"
+    assert [entry.path for entry in storage.list()] == ["a"]
+    storage.delete("a")
+    assert not storage.exists("a")
+
+
+def test_left_over_files_of_dead_writers_are_swept_and_live_ones_are_not(tmp_path: Path):
+    storage = Storage.open(str(tmp_path))
+    storage.create("walks/block", b"whole")
+    host = socket.gethostname().replace(".", "-")
+    dead, live, foreign = (tmp_path / "walks" / f".block.{name}.0123abcd.tmp" for name in
+                           (f"{host}.4194304", f"{host}.{os.getpid()}", "elsewhere.17"))  # fmt: skip
+    for path in (dead, live, foreign):
+        path.write_bytes(b"half")
+    assert [entry.path for entry in storage.list()] == ["walks/block"]
+    assert storage.sweep() == [str(dead.relative_to(tmp_path))]
+    assert live.exists()
+    assert foreign.exists()
+    assert sorted(storage.sweep(min_age=-1)) == sorted(str(path.relative_to(tmp_path)) for path in (live, foreign))
+
+
+def test_only_passing_failures_are_tried_again():
+    def answer(code: str) -> OSError:
+        error = OSError(errno.EINVAL, "from the server")
+        error.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
+        return error
+
+    assert all(passing(answer(code)) for code in ("500", "503", "SlowDown", "InternalError", "RequestTimeout"))
+    assert not any(
+        passing(answer(code)) for code in ("403", "AccessDenied", "NoSuchBucket", "PreconditionFailed", "404")
+    )
+    assert all(passing(error) for error in (ConnectionResetError(), TimeoutError(), base.Truncated()))
+    assert not any(
+        passing(error) for error in (FileNotFoundError(), PermissionError(), OSError(errno.ENOSPC, ""), ValueError())
+    )
+
+
+def test_retries_end_at_the_deadline_and_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(base.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(base.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+
+    def fail(attempt: int) -> None:
+        calls.append(attempt)
+        raise ConnectionResetError("reset")
+
+    with pytest.raises(RunError, match="Writing x failed .* run again"):
+        Patience(100.0).retry(fail, "Writing x")
+    assert 92 < clock[0] <= 100
+    assert calls == list(range(len(calls)))
+    assert 15 < len(calls) < 40
+
+
+def test_a_lost_answer_to_a_create_that_succeeded_counts_as_ours(s3: S3Server, monkeypatch: pytest.MonkeyPatch):
+    storage = Storage.open(f"s3://{s3.bucket}/lost-{os.urandom(4).hex()}")
+    backend = storage._backend()
+    request, lost = backend.request, []  # type: ignore[attr-defined]
+
+    def lose_first(method: str, **arguments):
+        answer = request(method, **arguments)
+        if method in ("put_object", "complete_multipart_upload") and not lost:
+            lost.append(method)
+            raise ConnectionResetError("after the server had committed")
+        return answer
+
+    monkeypatch.setattr(backend, "request", lose_first)
+    for data in (b"small", os.urandom(2 * PART + 1)):
+        lost.clear()
+        assert storage.create(f"ours-{len(data)}", data)
+        assert len(lost) == 1
+    Storage.open(storage.uri).create("theirs", b"by another")
+    lost.clear()
+    monkeypatch.setattr(backend, "request", lambda *a, **k: _reset_once(lost, request, *a, **k))
+    assert not storage.create("theirs", b"by us")
+    assert storage.read("theirs") == b"by another"
+
+
+def _reset_once(lost: list, request, method: str, **arguments):
+    if method == "put_object" and not lost:
+        lost.append(method)
+        raise ConnectionResetError("before the server had it")
+    return request(method, **arguments)
+
+
+def _refusal(uri: str) -> str:
+    began = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        Storage.open(uri).check_writable()
+    assert time.monotonic() - began < 30
+    message = str(caught.value)
+    assert "\n" not in message
+    assert SECRET not in message
+    return message
+
+
+def test_bad_places_on_disk_are_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    assert "a file is in the way" in _refusal(str(tmp_path / "file"))
+    assert "a file is in the way" in _refusal(str(tmp_path / "file" / "below"))
+    assert "cannot write" in _refusal("/proc/nothing")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_is_refused_and_leaves_nothing(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # Python ignores SIGXFSZ, so that writing gives EFBIG
+    try:
+        assert "limit" in _refusal(str(tmp_path / "runs"))
+        with pytest.raises(RunError, match="limit"):
+            Storage.open(str(tmp_path)).create("x", bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.s3
+def test_bad_places_on_s3_are_refused_in_one_line(s3: S3Server, monkeypatch: pytest.MonkeyPatch):
+    place = f"s3://{s3.bucket}/place"
+    assert "no such bucket" in _refusal("s3://no-such-bucket-here/x")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        assert "secret key is wrong" in _refusal(place)
+        patch.setenv("AWS_ACCESS_KEY_ID", "unknown")
+        assert "access key is not known" in _refusal(place)
+        patch.setenv("AWS_ACCESS_KEY_ID", READER)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+        assert "may not write" in _refusal(place)
+    with monkeypatch.context() as patch:
+        import botocore.auth
+
+        now = botocore.auth.get_current_datetime
+        patch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) - datetime.timedelta(hours=2))
+        assert "clock" in _refusal(place)
+    assert Storage.open(place).list() == []
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["down", "silent"])
+def test_an_endpoint_that_does_not_answer_is_refused_within_half_a_minute(s3: S3Server, monkeypatch, kind: str):
+    if kind == "down":
+        monkeypatch.setattr("pipeline.storage.CHECK_PATIENCE", 2.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            listener.listen(1)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert "does not answer" in _refusal(f"s3://{s3.bucket}/place")
+
+
+def test_credentials_are_refused_in_uris_and_removed_from_messages(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match="environment") as caught:
+        Storage.open("s3://key:hidden-word@bucket/x")
+    assert "hidden-word" not in str(caught.value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    text = scrub("a very-secret thing\n http://u:p@host/ X-Amz-Signature=abc&b")
+    assert "very-secret" not in text
+    assert "u:p" not in text
+    assert "abc" not in text
+    assert "\n" not in text
+
+
+def test_stored_json_is_the_same_text_for_the_same_value(tmp_path: Path):
+    storage = Storage.open(str(tmp_path))
+    storage.create_json("a", {"x": 1, "y": 2})
+    storage.create_json("b", {"y": 2, "x": 1})
+    assert storage.read("a") == storage.read("b")
+    assert json.loads(storage.read("a")) == {"x": 1, "y": 2}
+    with pytest.raises(ValueError, match="JSON"):
+        storage.create_json("c", {"x": float("nan")})
