@@ -25,10 +25,10 @@ RECORDS = 20
 """Points of its curve."""
 FIRST_LENGTH = 2.0
 LONGEST = 512.0
-PAST = 0.6
-"""The pilot is long enough when the best radius lies below this share of its length."""
-MARGIN = 1.5
-"""Length of the walks over the best radius of the pilot, so that the choice made later lies inside."""
+WORSE = 0.02
+"""A validation NLL is clearly past its best when it is this much higher, relative to 0.5 + the best, in nats a row."""
+MARGIN = 1.3
+"""Length over the radius where the rise passes gamma / 2, so that the choice made later lies inside."""
 MOST_STEPS = 800
 GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
@@ -55,25 +55,61 @@ def uses_validation(run: Run) -> bool:
 
 
 def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
-    """Double the length until the curve is past its best, then settle the steps; yields one choice."""
+    """Double the length until the curve is clearly past its best, then settle the steps; yields one choice.
+
+    The length ends at twice the distance at which posterior draws lie where the data say nothing,
+    sqrt(sum 1 / alpha): beyond, the prior forbids.
+    """
     problem = load_problem(run, 0, plan)
-    automatic_length = run.config.walk.length == "auto" and plan.tilt == "none"
-    length, spent = (FIRST_LENGTH if automatic_length else plan.length), 0
-    while True:
-        trial = dataclasses.replace(plan, length=length)
-        curve = _curve(run, trial, problem)
-        spent += WALKS * plan.steps
-        best = _best(run, problem, curve, trial)
-        if not automatic_length or best < PAST * length or length >= LONGEST:
-            break
-        length *= 2
-    chosen = min(MARGIN * best, length) if automatic_length else plan.length
+    automatic = run.config.walk.length == "auto" and plan.tilt == "none"
+    trials = list(_double(run, plan, problem) if automatic else [_try(run, plan, problem)])
+    best = min(trials, key=lambda trial: trial.score) if uses_validation(run) else trials[-1]
+    length = plan.length
+    if automatic:
+        length = best.length if uses_validation(run) else min(MARGIN * best.radius, best.length)
+    spent = len(trials) * WALKS * plan.steps
     steps = plan.steps
     if run.config.walk.steps == "auto":
-        steps, cost = _settle_steps(run, dataclasses.replace(plan, length=chosen), problem, best)
+        steps, cost = _settle_steps(run, dataclasses.replace(plan, length=length), problem, best.radius)
         spent += cost
     rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
-    yield Choice(chosen, steps, best, rule, curve, spent)
+    yield Choice(length, steps, best.radius, rule, best.curve, spent)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    length: float
+    radius: float
+    """Best radius of the curve."""
+    score: float
+    """Validation NLL there; or minus the radius where the rise decides."""
+    past: bool
+    """Whether the curve is past its best at its end."""
+    curve: list[dict[str, float]]
+
+
+def _double(run: Run, plan: WalkPlan, problem: Problem) -> Iterator[_Trial]:
+    furthest = float((1 / problem.precision.double()).sum().sqrt())
+    longest = min(max(2 * furthest if uses_validation(run) else furthest, 2 * FIRST_LENGTH), LONGEST)
+    length, best = FIRST_LENGTH, float("inf")
+    while True:
+        trial = _try(run, dataclasses.replace(plan, length=length), problem)
+        yield trial
+        if length >= longest or trial.past or (uses_validation(run) and trial.score > best + WORSE * (0.5 + best)):
+            return
+        best, length = min(best, trial.score), min(2 * length, longest)
+
+
+def _try(run: Run, plan: WalkPlan, problem: Problem) -> _Trial:
+    curve = _curve(run, plan, problem)
+    if uses_validation(run):
+        at = min(curve, key=lambda point: point["validation_nll"])
+        score = at["validation_nll"]
+        past = curve[-1]["validation_nll"] > score + 5 * WORSE * (0.5 + score)
+        return _Trial(plan.length, at["radius"], score, past, curve)
+    radius = _crossing(curve, problem.info["gamma"] / 2)
+    found = plan.length if radius is None else radius
+    return _Trial(plan.length, found, -found, radius is not None, curve)
 
 
 def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> tuple[int, int]:
@@ -94,18 +130,15 @@ def _rise_at(curve: list[dict[str, float]], radius: float) -> float:
     return min(curve, key=lambda point: abs(point["radius"] - radius))["nll_rise"]
 
 
-def _best(run: Run, problem: Problem, curve: list[dict[str, float]], plan: WalkPlan) -> float:
-    """The best radius of a curve, or where the rise passes gamma / 2; the length itself if it never does."""
-    if uses_validation(run):
-        return min(curve, key=lambda point: point["validation_nll"])["radius"]
-    limit = problem.info["gamma"] / 2
+def _crossing(curve: list[dict[str, float]], limit: float) -> float | None:
+    """Radius at which the mean rise of the NLL passes the limit, None if it never does."""
     before_radius, before_rise = 0.0, 0.0
     for point in curve:
         if point["nll_rise"] > limit:
             share = (limit - before_rise) / max(point["nll_rise"] - before_rise, 1e-12)
             return before_radius + share * (point["radius"] - before_radius)
         before_radius, before_rise = point["radius"], point["nll_rise"]
-    return plan.length
+    return None
 
 
 def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]:
