@@ -6,7 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -42,13 +44,24 @@ def _connect(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray asks for an environment variable of its own to be set for every new default.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _own_signals():
         warnings.simplefilter("ignore")
         address = config.cluster.address or _job_address()
         if address is None:
             _start_embedded(config)
         else:
             _join(address)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which `ray.init` replaces: an interrupt must end the run in its own way."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _job_address() -> str | None:
