@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
 from pipeline.fitting.job import FitJob, Rows, batch_rows
-from pipeline.fitting.reading import COLUMNS, by_walk, keys_of, to_rows
+from pipeline.fitting.reading import COLUMNS, Kept, by_walk, keys_of, to_rows
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
+TASK_BYTES = 64 << 20
+"""Bytes that one reading task takes in."""
 TENSORS, FACTS = "state.safetensors", "facts.json"
 
 
@@ -87,6 +89,7 @@ class RayTeam:
         store = SampleStore.open(run.storage)
         self._shared, self._batch = by_walk(store, job.start, size), batch_rows(store.plan.dim)
         self._empty = not keys_of(store, job.start, rank, size)
+        self._kept = Kept(self._read)
 
     def sum(self, tensors: list[Tensor]) -> None:
         """All-reduce, one tensor after the other."""
@@ -96,6 +99,9 @@ class RayTeam:
 
     def rows(self) -> Iterator[Rows]:
         """Batches of this worker's own stream, in the order of the blocks."""
+        return iter(self._kept)
+
+    def _read(self) -> Iterator[Rows]:
         if self._empty:
             return
         stream = ray.train.get_dataset_shard(_points(self.rank))
@@ -134,10 +140,14 @@ def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
     """The rows of one worker, read when it asks for them."""
     store = SampleStore.open(run.storage)
     files, base = run.storage.arrow_filesystem()
-    paths = [f"{base}/{key.path}" for key in keys_of(store, job.start, rank, size)]
-    if not paths:
+    keys, entries = keys_of(store, job.start, rank, size), store.entries()
+    if not keys:
         return ray.data.from_items([{"walk": -1}])
-    return ray.data.read_parquet(paths, columns=COLUMNS, filesystem=files, partitioning=None)
+    tasks = max(1, sum(entries[key].size for key in keys) // TASK_BYTES)
+    paths = [f"{base}/{key.path}" for key in keys]
+    return ray.data.read_parquet(
+        paths, columns=COLUMNS, filesystem=files, partitioning=None, override_num_blocks=min(tasks, len(paths))
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ NODES = 16
 MARKS = 4
 """Most radii at which the network is looked at."""
 CACHE_BYTES = 256 << 20
+KEEP_BYTES = 256 << 20
 COLUMNS = ["walk", "radius", "potential", "status", "theta"]
 
 
@@ -52,6 +53,31 @@ def stored_rows(store: SampleStore, keys: list[BlockKey]) -> Iterator[dict[str, 
     rest = {name: np.concatenate([part[name] for part in kept]) for name in COLUMNS} if kept else {}
     if rest and len(rest["walk"]):
         yield rest
+
+
+class Kept:
+    """Rows that are read again and again: kept where they fit `KEEP_BYTES`, else streamed on every pass."""
+
+    def __init__(self, read: Callable[[], Iterator[Rows]]):
+        self._read = read
+        self._rows: list[Rows] | None = None
+        self._large = False
+
+    def __iter__(self) -> Iterator[Rows]:
+        if self._rows is not None:
+            yield from self._rows
+            return
+        rows: list[Rows] = []
+        size = 0
+        for part in self._read():
+            size += part.theta.nbytes
+            self._large = self._large or size > KEEP_BYTES
+            if self._large:
+                rows.clear()
+            else:
+                rows.append(part)
+            yield part
+        self._rows = None if self._large else rows
 
 
 def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) -> Rows:
