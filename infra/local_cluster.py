@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-SECONDS = 120
+SECONDS = 60
 """Longest wait for a cluster to answer."""
 
 
@@ -105,7 +105,7 @@ class LocalCluster:
         """Start all nodes and wait until jobs can be submitted."""
         head = [f"--port={self.ports.head}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.ports.dashboard}"]
         self._start_node(["--head", *head, "--include-dashboard=true", "--num-cpus=0", f"--temp-dir={self.folder}/ray"])
-        self._wait("/api/version")
+        self._get("/api/version")
         for _ in range(self._count):
             self.add_worker()
         self._wait_for_nodes(self._count + 1)
@@ -147,7 +147,7 @@ class LocalCluster:
         self.nodes.append(Node(process))
         return self.nodes[-1]
 
-    def _wait(self, path: str) -> bytes:
+    def _get(self, path: str) -> bytes:
         """Return the answer of the job server to a GET, tried until it comes."""
         end = time.monotonic() + SECONDS
         request = urllib.request.Request(self.address + path)
@@ -157,20 +157,22 @@ class LocalCluster:
                 with urllib.request.urlopen(request, timeout=5) as answer:
                     return answer.read()
             except (urllib.error.URLError, OSError) as error:
-                dead = [node for node in self.nodes if node.process.poll() is not None]
-                if dead or time.monotonic() > end:
-                    logs = "\n".join(file.read_text() for file in sorted(self.folder.glob("node-*.log")))
-                    self.stop()
-                    raise RuntimeError(f"the cluster does not answer at {self.address}: {error}\n{logs}") from error
+                self._check(end, f"nothing answers at {self.address}{path} ({error})")
             time.sleep(0.3)
 
     def _wait_for_nodes(self, count: int) -> None:
         end = time.monotonic() + SECONDS
-        while self._wait("/api/v0/nodes?detail=false").count(b'"ALIVE"') < count:
-            if time.monotonic() > end:
-                self.stop()
-                raise RuntimeError(f"fewer than {count} nodes joined within {SECONDS} s")
+        while self._get("/api/v0/nodes?detail=false").count(b'"ALIVE"') < count:
+            self._check(end, f"fewer than {count} nodes have joined")
             time.sleep(0.3)
+
+    def _check(self, end: float, what: str) -> None:
+        """End everything if a node has ended by itself, or if it is too late."""
+        ended = [node for node in self.nodes if node.process.poll() is not None]
+        if ended or time.monotonic() > end:
+            logs = "\n".join(file.read_text() for file in sorted(self.folder.glob("node-*.log")))
+            self.stop()
+            raise RuntimeError(f"the cluster did not start: {what}, {len(ended)} nodes ended.\n{logs}")
 
     def __enter__(self) -> LocalCluster:
         return self.start()

@@ -46,9 +46,9 @@ def submit(path: str, address: str, *, storage: str | None = None, overrides: Se
     """
     given = [] if storage is None else [f"storage={json.dumps(storage)}"]
     config = load_config(path, [*overrides, *given])
+    client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="fiberwalk-job-") as folder:
         storage = stage(config, Path(folder), remote=not is_here(address))
-        client = _connect(address)
         _refuse_second(client, config, storage)
         job = f"{config.run_id}-{secrets.token_hex(3)}"
         command = f"python -m pipeline.cli run config.yaml --address auto --storage {shlex.quote(storage)} --quiet"
