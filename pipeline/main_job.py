@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from pipeline.executor import Executor, SerialExecutor
@@ -41,6 +42,8 @@ def execute(run: Run, progress: Progress, *, serial: bool = False) -> None:
     from pipeline.stages.sample import sample
     from pipeline.stages.select import select
 
+    # Rounding depends on the number of threads, so that it is the same in every process and mode.
+    torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
     with _workers(run, serial) as (executor, trainer):
         estimate(run, executor, progress)
         sample(run, executor, progress)
