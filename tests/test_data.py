@@ -58,7 +58,7 @@ class TestCsv:
         rows = rng.normal(size=(40, 3))
         text = "\n".join(" \t".join(f"{value:.6f}" for value in row) + " " for row in rows)
         data = load(source=csv(tmp_path / "t.txt", text), target=target, task="regression", standardize=False)
-        np.testing.assert_allclose(data.train.x, rows[data.train.index, :2], atol=1e-6)
+        np.testing.assert_allclose(np.asarray(data.train.x), rows[data.train.index, :2], atol=1e-6)
         np.testing.assert_allclose(data.train.y, rows[data.train.index, 2], atol=1e-6)
 
     def test_numbers_as_column_names_are_a_header(self, tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ class TestNewRows:
         frame = table()[["y", "a", "b"]].replace({"yes": 1, "no": 0})
         data = load(source=csv(tmp_path / "t.csv", frame.to_csv(index=False, header=False)), target=0)
         expected = load_inputs(f"csv:{tmp_path}/t.csv", data.schema, 0)
-        short = csv(tmp_path / "n.csv", frame[["a", "b"]].to_csv(index=False, header=False))
+        short = csv(tmp_path / "n.csv", frame.drop(columns="y").to_csv(index=False, header=False))
         np.testing.assert_array_equal(load_inputs(short, data.schema, 0), expected)
         np.testing.assert_array_equal(np.asarray(expected)[data.test.index], data.test.x)
 
