@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood, PredictiveAverage, draw_nll
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import Problem, load_problem
+from pipeline.plan import WalkPlan
 from pipeline.run import Run
 
 Draws = Iterable[tuple[int, Tensor]]
@@ -33,9 +35,10 @@ class Comparison:
     """Named rows on which every method predicts: test, validation, ood/NAME, and grids for figures."""
 
     @classmethod
-    def open(cls, run: Run, starts: int, inputs: Mapping[str, Any]) -> Comparison:
+    def open(cls, run: Run, plan: WalkPlan, inputs: Mapping[str, Any]) -> Comparison:
         """Load every start of a run."""
-        return cls(run, [load_problem(run, start) for start in range(starts)], inputs)
+        eager = dataclasses.replace(plan, compile=False)
+        return cls(run, [load_problem(run, start, eager) for start in range(plan.starts)], inputs)
 
     @property
     def regression(self) -> bool:

@@ -44,11 +44,12 @@ def evaluate(run: Run, report: Progress) -> None:
     Raises:
         RunError: An earlier stage is not done.
     """
-    if run.storage.exists(EVALUATION):
+    store = SampleStore.open(run.storage)
+    digest = store.digest()
+    if run.storage.exists(EVALUATION) and run.storage.read_json(EVALUATION)["blocks"] == digest:
         return
-    store = SampleStore.open(run.storage.uri)
     paths, choice = read_paths(store), run.storage.read_json("radius.json")
-    comparison = Comparison.open(run, store.plan.starts, figures.inputs(run))
+    comparison = Comparison.open(run, store.plan, figures.inputs(run))
     found: dict[str, Method] = {}
     skipped: dict[str, str] = {}
     wanted = _builders(comparison, store, paths, choice["radius"], found)
@@ -76,8 +77,8 @@ def evaluate(run: Run, report: Progress) -> None:
     if run.storage.exists("deformation/deformation.json"):
         result["deformation"] = run.storage.read_json("deformation/deformation.json")
     averages = {name: method.averages for name, method in shown.items()}
-    run.storage.create(figures.FIGURES, figures.collect(comparison, store, paths, choice["radius"], averages))
-    run.storage.create_json(EVALUATION, result)
+    run.storage.replace(figures.FIGURES, figures.collect(comparison, store, paths, choice["radius"], averages))
+    run.storage.replace_json(EVALUATION, result)
 
 
 def _builders(
@@ -188,7 +189,7 @@ def _facts(run: Run, store: SampleStore, paths: Paths, choice: dict[str, Any]) -
             "mean_distance": float(points["distance"].mean()),
             "mean_gradient_norm": float(points["grad_norm"].mean()),
         },
-        "blocks": store.digest(),
+        "blocks": choice["blocks"],
     }
 
 

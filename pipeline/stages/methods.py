@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
 from pipeline.bayes.baselines.scaling import fit_scale, rescale
-from pipeline.bayes.baselines.swag import RATES, Swag
+from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
 from pipeline.plan import stream
@@ -164,9 +164,10 @@ def swag(c: Comparison) -> Method:
     unit = problem.potential.rows / problem.curvature.lambda_max
     batch = min(128, max(1, problem.potential.rows // 4))
 
-    def draws(rate: float) -> Draws:
-        model = Swag.fit(problem.potential, problem.theta_star, rate * unit, batch, stream(seed, "swag"))
-        return [(0, model.draw(stream(seed, "swag-draw"), n))]
+    models = fit_swag(problem.potential, problem.theta_star, [r * unit for r in RATES], batch, stream(seed, "swag"))
 
-    rate = float(min(RATES, key=lambda r: c.validation_nll(draws(r))))
-    return Method(c.average(draws(rate)), {"learning_rate": rate * unit})
+    def draws(number: int) -> Draws:
+        return [(0, models[number].draw(stream(seed, "swag-draw"), n))]
+
+    best = min(range(len(RATES)), key=lambda number: c.validation_nll(draws(number)))
+    return Method(c.average(draws(best)), {"learning_rate": RATES[best] * unit})

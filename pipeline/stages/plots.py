@@ -169,12 +169,13 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
     with drawing("uncertainty", alt, len(names), size=(4.7, 0.5 + 1.35 * len(names))) as canvas:
         for axes, name in zip(canvas.axes[:, 0], names, strict=True):
             values = {s: _spread(arrays, s, name) for s in sets}
-            top = float(np.quantile(np.concatenate(list(values.values())), 0.995)) or 1.0
+            bottom, top = np.quantile(np.concatenate(list(values.values())), [0.0, 0.995])
+            bottom, top = (0.0, max(top, 1e-9)) if top > 2 * bottom else (0.9 * bottom, 1.1 * top)
             for number, (place, value) in enumerate(values.items()):
                 colour = SERIES[0] if place == "test" else SERIES[1 + number % 6]
                 label = "test rows" if place == "test" else place.removeprefix("ood/")
-                axes.hist(np.minimum(value, top), bins=np.linspace(0, top, 36), density=True, histtype="stepfilled",
-                          color=colour, alpha=0.35, edgecolor=colour, label=label)  # fmt: skip
+                shade: dict[str, Any] = {"color": colour, "alpha": 0.35, "edgecolor": colour, "histtype": "stepfilled"}
+                axes.hist(np.minimum(value, top), bins=np.linspace(bottom, top, 36), density=True, label=label, **shade)
             axes.set_title(title(name), fontsize=8.5, loc="left")
             axes.set_yticks([])
         canvas.axes[0, 0].legend()

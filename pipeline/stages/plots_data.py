@@ -129,7 +129,7 @@ def plane_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
     if "plane/walks" not in arrays:
         return None
     walks, ends, free = arrays["plane/walks"], arrays["plane/ends"], arrays["plane/random"]
-    alt = f"{len(walks)} walks and random directions in the plane of the walks' main plane at the chosen radius."
+    alt = f"{len(walks)} walks and random directions in the main plane of the walks at the chosen radius."
     with drawing("plane", alt, size=(4.7, 3.7)) as canvas:
         axes = canvas.axes[0, 0]
         for line in walks:
@@ -141,7 +141,7 @@ def plane_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         axes.scatter(0, 0, s=60, color=INK, marker="*", label="MAP estimate", zorder=4, linewidth=0)
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, columnspacing=0.9, handletextpad=0.3)
+        canvas.figure.legend(loc="outside upper center", ncols=2, columnspacing=0.9, handletextpad=0.3)
     caption = (
         "Projection on the two main directions of the walk points at the chosen radius. Random directions of "
         "the same norm stay near the middle of any plane; walks are carried where the fit allows."

@@ -56,7 +56,7 @@ def predict_table(run: Run, x: Any) -> pa.Table:
     """Predictions of encoded inputs, 65 536 rows at a time, so that memory is that of the answer."""
     store = SampleStore.open(run.storage)
     radius = float(run.storage.read_json("radius.json")["radius"])
-    comparison = Comparison.open(run, store.plan.starts, {})
+    comparison = Comparison.open(run, store.plan, {})
     parts = []
     for first in range(0, row_count(x), _BLOCK):
         averaged = _average(comparison, store, radius, slice_rows(x, first, first + _BLOCK))

@@ -32,9 +32,10 @@ def select(run: Run, report: Progress) -> None:
     Raises:
         RunError: No block is committed, or every walk diverged.
     """
-    if run.storage.exists("radius.json"):
+    store = SampleStore.open(run.storage)
+    digest = store.digest()
+    if run.storage.exists("radius.json") and run.storage.read_json("radius.json")["blocks"] == digest:
         return
-    store = SampleStore.open(run.storage.uri)
     paths = read_paths(store)
     problems = [load_problem(run, start) for start in range(store.plan.starts)]
     radii = store.plan.radii()
@@ -45,8 +46,8 @@ def select(run: Run, report: Progress) -> None:
             point["validation_nll"] = score
     gamma = float(np.mean([problem.curvature.gamma for problem in problems]))
     choice = choose_radius(curve, gamma, run.config.data.task)
-    choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=store.digest())
-    run.storage.create_json("radius.json", choice)
+    choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=digest)
+    run.storage.replace_json("radius.json", choice)
     report.note(f"radius {choice['radius']:.4g} of {radii[-1]:.4g}: {choice['rule']}")
 
 

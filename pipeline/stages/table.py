@@ -52,11 +52,10 @@ def number(score: dict[str, Any] | None, digits: int = 3) -> str:
     if not score or score["value"] is None:
         return "–"
     value, error = score["value"], score["se"]
-    if abs(value) >= 1000:
-        return f"{value:.4g} ± {error:.2g}" if error is not None else f"{value:.4g}"
     digits = digits if abs(value) < 100 else 1
-    shown = f"{value:.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+    shown, spread = (f"{v:.4g}" if abs(value) >= 10_000 else f"{v:.{digits}f}" for v in (value, error or 0.0))
+    text = shown if error is None else f"{shown} ± {spread}"
+    return text.replace("-", "−")
 
 
 def metric_titles(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -104,7 +103,7 @@ def verdict(evaluation: dict[str, Any]) -> str:
     if not difference or difference["value"] is None:
         return "The walk could not be compared with the MAP estimate."
     size = f"{abs(difference['value']):.3f} ± {difference['se']:.3f} nats a row"
-    values = {name: f"{evaluation['methods'][name]['nll']['value']:.3f}" for name in ("walk", "map")}
+    values = {name: number(evaluation["methods"][name]["nll"]).split(" ±")[0] for name in ("walk", "map")}
     both = f"test NLL {values['walk']} against {values['map']}"
     if difference["verdict"] == "better":
         return f"The fiber walk predicts better than the MAP estimate: {both}, lower by {size}."
@@ -126,5 +125,5 @@ def against_best(evaluation: dict[str, Any]) -> str:
         "worse": "is worse than",
         "undecided": "cannot be told apart from",
     }[difference["verdict"]]
-    detail = f"{known[best]:.3f}; difference {difference['value']:+.3f} ± {difference['se']:.3f}"
+    detail = f"{known[best]:.3f}; difference {difference['value']:+.3f} ± {difference['se']:.3f}".replace("-", "−")
     return f"It {words} the best control, {title(best)} ({detail})."

@@ -1,0 +1,90 @@
+"""Small finished runs that several tests look at, made once a session in one process."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from pipeline.config import parse_config
+from pipeline.executor import SerialExecutor
+from pipeline.progress import LogProgress
+from pipeline.run import Run, claim, prepare
+from pipeline.stages.deform import deform, train_in_process
+from pipeline.stages.estimate import estimate
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.sample import sample
+from pipeline.stages.select import select
+from pipeline.storage import Storage
+
+_BASELINES = ["map", "temperature", "random", "gaussian", "laplace", "laplace_linearised", "swag"]
+_WALK = {"walks": 24, "walks_per_shard": 6, "length": 6.0, "steps": 40, "record_every": 5, "rank": 8}
+_COMMON = {
+    "map": {"starts": 2, "steps": 300},
+    "walk": _WALK,
+    "deformation": {"rank": 8, "hidden": [16], "steps": 50},
+    "evaluation": {"draws": 12, "baselines": _BASELINES},
+}
+CONFIGS = {
+    "classes": {
+        "name": "classes",
+        "data": {
+            "source": "sklearn:digits",
+            "train_rows": 150,
+            "validation": 0.1,
+            "test": 0.1,
+            "ood": ["sklearn:digits"],
+        },
+        "model": {"hidden": [6]},
+        **_COMMON,
+    },
+    "plane": {
+        "name": "plane",
+        "data": {"source": "python:tests.runs:moons", "validation": 0.2, "test": 0.3},
+        "model": {"hidden": [8]},
+        **_COMMON,
+    },
+    "curve": {
+        "name": "curve",
+        "data": {"source": "python:pipeline.data.synthetic:snelson_like", "task": "regression", "test": 0.3},
+        "model": {"hidden": [8]},
+        **_COMMON,
+    },
+}
+
+
+def moons():
+    """Two interleaved half circles."""
+    from sklearn.datasets import make_moons
+
+    return make_moons(150, noise=0.25, random_state=0)
+
+
+def _stages(run: Run) -> None:
+    progress = LogProgress()
+    estimate(run, SerialExecutor(), progress)
+    sample(run, SerialExecutor(), progress)
+    select(run, progress)
+    deform(run, train_in_process, progress)
+    evaluate(run, progress)
+
+
+@functools.cache
+def finished(name: str) -> Run:
+    """A finished run of one of the configurations; do not write to it (see `copy_of`)."""
+    folder = tempfile.mkdtemp(prefix="fwruns-")
+    run = prepare(parse_config({**CONFIGS[name], "storage": folder}))
+    claim(run)
+    _stages(run)
+    return run
+
+
+def copy_of(name: str, place: Path, *without: str) -> Run:
+    """A copy of a finished run in another place, without some of its objects."""
+    run = finished(name)
+    target = place / run.config.run_id
+    shutil.copytree(run.uri, target)
+    for path in without:
+        (target / path).unlink()
+    return Run(run.config, Storage.open(str(target)), run.dataset)
