@@ -48,10 +48,11 @@ def run(
     from pipeline.config import load_config
     from pipeline.main_job import execute, finished, show_result
     from pipeline.run import claim, prepare
+    from pipeline.stages.cost import estimate_cost, refuse_what_does_not_fit
     from pipeline.stages.estimate import check_weights
 
-    settings = load_config(config, _with_places(overrides, storage, address))
-    job = prepare(settings)
+    job = prepare(load_config(config, _with_places(overrides, storage, address)))
+    refuse_what_does_not_fit(estimate_cost(job))
     check_weights(job)
     claim(job)
     out.print(job.uri)
