@@ -105,7 +105,7 @@ class BatchedChain:
         blocks = []
         for first, last in even_parts(len(x), most):
             part = x[first:last]
-            part = part.permute(1, 2, 3, 0).contiguous() if self.image else part.T
+            part = part.permute(1, 2, 3, 0).contiguous() if self.image else part.T.contiguous()
             blocks.append((part, loss_of(self.likelihood, y[first:last], x.dtype)))
         return blocks
 
@@ -114,7 +114,7 @@ class BatchedChain:
             if len(self._weights) == 4:  # walks of a few numbers only; do not hold buffers of all that ever came
                 self._weights.clear()
                 self._passes.clear()
-            self._weights[walks] = [Weights(layer, walks, self.x) for layer in self.layers]
+            self._weights[walks] = [Weights(layer, walks, self.x, i == 0) for i, layer in enumerate(self.layers)]
         return self._weights[walks]
 
     def _passes_of(self, walks: int, rows: int) -> list[LayerPass]:
@@ -124,7 +124,7 @@ class BatchedChain:
                 self._passes.clear()
             shape, passes = self.shape, []
             for weights in self._weights_of(walks):
-                passes.append(LayerPass(weights, shape, rows, self.x, first=not passes))
+                passes.append(LayerPass(weights, shape, rows, self.x))
                 shape = passes[-1].output_shape
             self._passes[key] = passes
         return self._passes[key]

@@ -13,12 +13,22 @@ from pipeline.bayes.chain import Layer, Pool, Window
 
 
 class Weights:
-    """Weights and biases of one layer for a chunk of walks, packed for the product, and their slope."""
+    """Weights and biases of one layer for a chunk of walks, packed for the product, and their slope.
 
-    def __init__(self, layer: Layer, walks: int, like: Tensor):
-        self.layer, self.walks = layer, walks
+    Args:
+        layer: The layer.
+        walks: Walks in the chunk.
+        like: A tensor of the type and device.
+        first: Whether the layer's inputs are the data, shared by all walks.
+    """
+
+    def __init__(self, layer: Layer, walks: int, like: Tensor, first: bool):
+        self.layer, self.walks, self.first = layer, walks, first
         self.packed = like.new_empty(walks, layer.outputs, layer.inputs + 1)
         self.slope = torch.empty_like(self.packed)
+        if not first:
+            # Held transposed: with the longer side first these products run up to twice as fast.
+            self.slope = like.new_empty(walks, layer.inputs + 1, layer.outputs).transpose(1, 2)
 
     def read(self, theta: Tensor) -> None:
         """Take the layer's parameters from theta (W, D)."""
@@ -27,6 +37,13 @@ class Weights:
     def write(self, gradient: Tensor) -> None:
         """Put their slope into the gradient (W, D)."""
         self.layer.write(self.slope, gradient)
+
+    def add_slope(self, slope: Tensor, columns: Tensor, share: float) -> None:
+        """Slope of the sums (W, outputs, n) and the inputs, to `share` times the slope held plus theirs."""
+        if self.first:
+            self.slope.flatten(0, 1).addmm_(slope.flatten(0, 1), columns.T, beta=share)
+        else:
+            self.slope.transpose(1, 2).baddbmm_(columns, slope.transpose(1, 2), beta=share)
 
 
 class LayerPass:
@@ -37,7 +54,6 @@ class LayerPass:
         shape: Shape of what comes in for one row: (features,) or (channels, height, width).
         rows: Rows in the block.
         like: A tensor of the type and device.
-        first: Whether its inputs are the data, shared by all walks.
     """
 
     input: Tensor
@@ -45,9 +61,9 @@ class LayerPass:
     output_slope: Tensor
     """Where the layer after writes the slope of the outputs, (W, *output_shape, rows)."""
 
-    def __init__(self, weights: Weights, shape: tuple[int, ...], rows: int, like: Tensor, first: bool):
-        layer, walks = weights.layer, weights.walks
-        self.weights, self.layer, self.first = weights, layer, first
+    def __init__(self, weights: Weights, shape: tuple[int, ...], rows: int, like: Tensor):
+        layer, walks, first = weights.layer, weights.walks, weights.first
+        self.weights, self.layer = weights, layer
         lead = () if first else (walks,)
         spread: tuple[int, ...] = ()
         if layer.window is not None:
@@ -89,7 +105,7 @@ class LayerPass:
         if layer.window is not None:
             _unfold(self.canvas, layer.window, self.columns)
         packed, sums = self.weights.packed, _matrix(self.sums)
-        if self.first:
+        if self.weights.first:
             torch.mm(packed.flatten(0, 1), self.columns, out=sums.flatten(0, 1))
         else:
             torch.bmm(packed, self.columns, out=sums)
@@ -109,11 +125,7 @@ class LayerPass:
         """From `slope` to that of the weights, added to `share` times what they hold, and to that of the inputs."""
         layer = self.layer
         slope, packed = _matrix(self.slope), self.weights.packed
-        if self.first:
-            total = self.weights.slope.flatten(0, 1)
-            total.addmm_(slope.flatten(0, 1), self.columns.T, beta=share)
-        else:
-            self.weights.slope.baddbmm_(slope, self.columns.transpose(1, 2), beta=share)
+        self.weights.add_slope(slope, self.columns, share)
         if input_slope is None:
             return
         if layer.window is None:
