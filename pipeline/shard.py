@@ -106,7 +106,7 @@ def resume(kernel: WalkKernel, plan: WalkPlan, store: SampleStore, shard: Shard,
     state = init(kernel)
     if number == 0:
         return state
-    block = store.read_block(BlockKey(shard.index, number - 1))
+    block = store.read_last(BlockKey(shard.index, number - 1))
     last = slice(len(block.step) - shard.walks, None)
     theta = torch.as_tensor(np.ascontiguousarray(block.theta[last])).to(state.position)
     state.position, state.anchor = theta, theta.clone()

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +20,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """An embedded Ray with four logical CPUs, whatever the machine has."""
+def ray_cluster() -> Iterator[Any]:
+    """A Ray cluster with four logical CPUs, whatever the machine has; tests may add nodes and take them away."""
     import ray
+    from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="fwray-")  # short: Ray puts sockets there, and their paths are limited
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
-    yield
+    head = {"num_cpus": 4, "include_dashboard": False, "temp_dir": folder, "object_store_memory": 300 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -56,7 +56,12 @@ class Drivers:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.drivers"]
         self._mother = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
         )
         threading.Thread(target=self._listen, daemon=True).start()
         return self
@@ -85,7 +90,9 @@ class Drivers:
                     driver.status = answer["status"]
                     driver.ended.set()
 
-    def start(self, arguments: Sequence[str], *, environment: dict[str, str] | None = None, file_limit: int | None = None) -> Driver:
+    def start(
+        self, arguments: Sequence[str], *, environment: dict[str, str] | None = None, file_limit: int | None = None
+    ) -> Driver:
         """Start ``fiberwalk ARGUMENTS``; a file limit in bytes plays a disk that is full."""
         self._count += 1
         log = self._folder / f"driver-{self._count}.log"
@@ -116,7 +123,6 @@ def _mother() -> None:
     import pipeline.stages.report
     import pipeline.stages.sample
     import pipeline.stages.select
-    import pipeline.stages.status
     import workers.cluster
     import workers.trainer
     import workers.walker  # noqa: F401

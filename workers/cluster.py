@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ import ray
 from pipeline.config import Config
 from pipeline.errors import InputError
 
+log = logging.getLogger("fiberwalk.ray")
 _CONNECT_SECONDS = 10
 
 
@@ -41,6 +43,7 @@ def connected(config: Config) -> Iterator[None]:
 
 
 def _connect(config: Config) -> None:
+    _quieten()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray asks for an environment variable of its own to be set for every new default.
@@ -51,6 +54,16 @@ def _connect(config: Config) -> None:
             _start_embedded(config)
         else:
             _join(address)
+
+
+def _quieten() -> None:
+    """Send what Ray's daemons say to the log: Ray prints it on the standard output, where our results go.
+
+    The name is private to Ray; without it the messages are seen, and nothing else changes.
+    """
+    internals = importlib.import_module("ray._private.worker")
+    if hasattr(internals, "print_to_stdstream"):
+        internals.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", data)
 
 
 @contextlib.contextmanager

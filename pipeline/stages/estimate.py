@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -89,8 +90,13 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     _refuse_slope(run, settings.start, minimum, curvature)
     info = _describe(run, settings.start, network, minimum, curvature, noise, precision, how)
     folder = start_folder(settings.start)
-    run.storage.create(f"{folder}/theta.safetensors", save(_untied(network.state_dict(minimum.theta))))
-    run.storage.create(f"{folder}/curvature.safetensors", curvature_bytes(curvature, getattr(torch, run.config.walk.dtype)))
+    files = {
+        "theta.safetensors": save(_untied(network.state_dict(minimum.theta))),
+        "curvature.safetensors": curvature_bytes(curvature, getattr(torch, run.config.walk.dtype)),
+    }
+    for name, data in files.items():
+        run.storage.create(f"{folder}/{name}", data)
+    info["files"] = {name: hashlib.sha256(run.storage.read(f"{folder}/{name}")).hexdigest() for name in files}
     run.storage.create_json(f"{folder}/map.json", info)
     yield info
 
@@ -110,7 +116,9 @@ def check_weights(run: Run) -> None:
         network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
     precision = run.config.prior.precision
     if precision == "auto":
-        raise InputError("prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it.")
+        raise InputError(
+            "prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it."
+        )
     theta = network.theta()
     noise = _noise_of(run, network, theta, 0.0) if likelihood_kind(run.config) == "gaussian" else None
     minimum = certify(build_potential(run, network, noise, precision), theta, 0)
@@ -169,7 +177,7 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     may_move = run.config.model.weights is None or run.config.map.polish
     if may_move and theta.numel() <= QUASI_NEWTON_DIM:
         steps = QUASI_NEWTON_STEPS if last else QUASI_NEWTON_STEPS // 3
-        theta = quasi_newton(potential, theta, run.config.map.tolerance, steps)
+        theta = quasi_newton(potential, theta, run.config.map.tolerance, steps, newton=last)
     return certify(potential, theta, 0)
 
 
