@@ -1,9 +1,9 @@
 """The posterior of a finished run: draws, predictions for new data, and state dicts for your own network.
 
-    posterior = Posterior.load("runs/digits-1a2b3c")
-    theta = posterior.draw(1000, seed=1)                      # (1000, D)
-    mean, aleatoric, epistemic = posterior.predict(x)         # x as it was before standardisation
-    network.load_state_dict(next(posterior.state_dicts(1)))
+posterior = Posterior.load("runs/digits-1a2b3c")
+theta = posterior.draw(1000, seed=1)                      # (1000, D)
+mean, aleatoric, epistemic = posterior.predict(x)         # x as it was before standardisation
+network.load_state_dict(next(posterior.state_dicts(1)))
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Posterior:
         """
         run = load_run(run_uri, trust_code=trust_code)
         if not run.storage.exists(f"{FOLDER}/deformation.json"):
-            raise InputError(f"{run_uri} has no deformation model yet. Finish it with 'fiberwalk run', or read its sample store.")
+            raise InputError(
+                f"{run_uri} has no deformation model yet. Finish it with 'fiberwalk run', or read its sample store."
+            )
         return cls(run)
 
     @property

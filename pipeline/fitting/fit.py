@@ -46,7 +46,13 @@ def fit(run: Run, job: FitJob, team: Team) -> None:
     if team.rank == 0:
         data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         run.storage.replace(job.weights, data)
-        facts |= {"kind": kind, "trained_on": job.digest, "workers": team.size, "radius": job.radius, "start": job.start}
+        facts |= {
+            "kind": kind,
+            "trained_on": job.digest,
+            "workers": team.size,
+            "radius": job.radius,
+            "start": job.start,
+        }
         run.storage.replace_json(facts_path(job.start), facts | {"weights_sha256": hashlib.sha256(data).hexdigest()})
 
 
@@ -54,7 +60,9 @@ def fit_gaussian(run: Run, store: SampleStore, job: FitJob) -> tuple[dict[str, T
     """Nothing is learned: the control draws from the stored points themselves."""
     walks = sum(len(points) for points in store.points(job.radius, start=job.start))
     if walks < 2:
-        raise RunError(f"deformation.kind: gaussian needs two walks a start that did not diverge; start {job.start} has {walks}.")
+        raise RunError(
+            f"deformation.kind: gaussian needs two walks a start that did not diverge; start {job.start} has {walks}."
+        )
     return Gaussian(job.radius, store.plan.dim, walks, lambda radius: iter(())).to_tensors(), {"walks": walks}
 
 

@@ -26,7 +26,9 @@ def load_deformation(run: Run, start: int) -> Deformation:
     """
     path = weights_path(start)
     if run.config.deformation.kind == "none" or not run.storage.exists(path):
-        raise InputError(f"{run.uri} has no deformation model ({path} is missing). Run 'fiberwalk run' with a deformation.kind.")
+        raise InputError(
+            f"{run.uri} has no deformation model ({path} is missing). Run 'fiberwalk run' with a deformation.kind."
+        )
     tensors = load(run.storage.read(path))
     if "gaussian" in tensors:
         store = SampleStore.open(run.storage)

@@ -87,9 +87,7 @@ def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) 
         keep &= columns["walk"] % size == rank
     index = np.flatnonzero(keep)
     theta = torch.from_numpy(np.ascontiguousarray(columns["theta"][index]))
-    return Rows(
-        columns["walk"][index], columns["radius"][index].astype(np.float64), columns["potential"][index], theta
-    )
+    return Rows(columns["walk"][index], columns["radius"][index].astype(np.float64), columns["potential"][index], theta)
 
 
 @dataclass(frozen=True)

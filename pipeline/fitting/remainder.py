@@ -31,11 +31,18 @@ TERM_WORK = 4e9
 UNIT = 0.1
 """Size of the remainder's unit relative to the residual."""
 WEIGHT = 0.1
-"""Weight of the logarithm of the rise of U over that of the walks, against the relative squared error."""
+"""First weight of the logarithm of the rise of U over that of the walks, against the relative squared error."""
+LARGEST_WEIGHT = 4.0
+GROWTH, FALL = 1.6, 0.8
+"""How `auto` changes the weight at each judgement, while draws lie above or near the walks."""
 MARGIN = 1.1
 """The likelihood term is silent while draws rise less than this many times the walks: it pulls them back, not further."""
+SCORE_WEIGHT = 1.0
+"""Weight of the same logarithm where trainings are compared: a point off the fiber is worth nothing."""
 CHECKS = 20
 """Times that a training is judged."""
+SAVE_EVERY = 4
+"""Judgements between checkpoints."""
 PATIENCE = 6
 """Judgements without progress after which it stops."""
 LEARNING_RATE = 1e-3
@@ -68,7 +75,9 @@ class Term:
         ratio = float(rise.mean()) / self._walk_rise
         if not math.isfinite(ratio) or ratio <= MARGIN:
             return coefficients.sum() * 0.0, ratio
-        slope = (gradient.to("cpu", coefficients.dtype) @ self._model.chain.basis.T) / (ratio * self._walk_rise * len(rise))
+        slope = (gradient.to("cpu", coefficients.dtype) @ self._model.chain.basis.T) / (
+            ratio * self._walk_rise * len(rise)
+        )
         return (slope * coefficients).sum(), ratio
 
     def ratio(self, rise: Tensor) -> float:
@@ -108,16 +117,15 @@ def fit_remainder(
     team.sum([rise])
     walk_rise = float(rise[0] / rise[1].clamp_min(1))
     term = Term(run, problem, model, job, team, walk_rise)
-    weight = WEIGHT if settings.likelihood_weight == "auto" else float(settings.likelihood_weight)
     steps = _steps(settings.steps, problem.network.dim)
-    facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "likelihood_weight": weight, "steps": steps}
+    facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "steps": steps}
     if not steps or sums["count"] < 2:
-        return facts | {"heldout_error": sums["error"], "remainder": False, "curve": []}
+        return facts | {"heldout_error_in_basis": sums["error"], "remainder": False, "curve": []}
     remainder = _new(run, job, model, walks, sums, settings.hidden)
-    judge = Judge(team, term, walks, core, target, there, weight)
+    judge = Judge(team, term, walks, core, target, there)
     curve = _train(run, job, team, remainder, term, judge, steps)
     best = min(curve, key=lambda point: point["score"])
-    facts |= {"curve": curve, "remainder": bool(best["step"] > 0), "heldout_error": best["heldout_error"]}
+    facts |= {"curve": curve, "remainder": bool(best["step"] > 0), "heldout_error_in_basis": best["heldout_error"]}
     if best["step"] > 0:
         model.remainder = remainder
     return facts
@@ -126,10 +134,8 @@ def fit_remainder(
 class Judge:
     """Scores a remainder on held-out walks and on the potential of the same fresh draws each time."""
 
-    def __init__(
-        self, team: Team, term: Term, walks: Walks, core: Tensor, target: Tensor, there: Tensor, weight: float
-    ):
-        self.walks, self.core, self.target, self.weight = walks, core, target, weight
+    def __init__(self, team: Team, term: Term, walks: Walks, core: Tensor, target: Tensor, there: Tensor):
+        self.walks, self.core, self.target = walks, core, target
         self.train, self.held = torch.nonzero(there & ~walks.held)[:, 0], there & walks.held
         self._team, self._term = team, term
         self._directions, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term._count))
@@ -144,13 +150,18 @@ class Judge:
         draws = self._linear + remainder(self._inputs) if step else self._linear
         rise = self._term.rise(self._directions, draws)
         sums = torch.stack(
-            [after.square().sum().double(), self.target[self.held].square().sum().double(), rise.sum(), torch.tensor(float(len(rise))).double()]
+            [
+                after.square().sum().double(),
+                self.target[self.held].square().sum().double(),
+                rise.sum(),
+                torch.tensor(float(len(rise))).double(),
+            ]
         )
         self._team.sum([sums])
         remainder.train()
         error = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 0.0
         ratio = float(sums[2] / sums[3]) / self._term._walk_rise
-        score = error + self.weight * math.log(max(ratio, MARGIN) / MARGIN) if math.isfinite(ratio) else math.inf
+        score = error + SCORE_WEIGHT * math.log(max(ratio, MARGIN) / MARGIN) if math.isfinite(ratio) else math.inf
         return {"step": step, "heldout_error": error, "rise_ratio": ratio, "score": score}
 
 
@@ -172,16 +183,19 @@ def _train(
     for step in range(first, steps):
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = _loss(run, job, team, wrapped, remainder, term, judge, step)
+        loss = _loss(run, job, team, wrapped, remainder, term, judge, step, weight_after(run, curve))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(remainder.parameters(), 1.0)
         optimiser.step()
         if (step + 1) % every == 0:
-            curve.append(judge(remainder, step + 1) | {"loss": float(loss.detach())})
+            curve.append(
+                judge(remainder, step + 1) | {"weight": weight_after(run, curve), "loss": float(loss.detach())}
+            )
             if curve[-1]["score"] <= min(point["score"] for point in curve):
                 best = {name: value.clone() for name, value in remainder.state_dict().items()}
-            team.save(step + 1, _dump(remainder, optimiser, best), {"step": step + 1, "curve": curve})
+            if len(curve) % SAVE_EVERY == 0:
+                team.save(step + 1, _dump(remainder, optimiser, best), {"step": step + 1, "curve": curve})
             since = len(curve) - 1 - min(range(len(curve)), key=lambda i: curve[i]["score"])
             if since >= PATIENCE:
                 break
@@ -190,8 +204,28 @@ def _train(
     return curve
 
 
+def weight_after(run: Run, curve: list[dict[str, Any]]) -> float:
+    """Weight of the likelihood term, from the judgements so far: it grows while draws rise more than the walks."""
+    fixed = run.config.deformation.likelihood_weight
+    if fixed != "auto":
+        return float(fixed)
+    weight = WEIGHT
+    for point in curve:
+        weight *= GROWTH if not point["rise_ratio"] <= MARGIN else FALL
+        weight = min(weight, LARGEST_WEIGHT)
+    return weight
+
+
 def _loss(
-    run: Run, job: FitJob, team: Team, wrapped: Callable[..., Tensor], remainder: Remainder, term: Term, judge: Judge, step: int
+    run: Run,
+    job: FitJob,
+    team: Team,
+    wrapped: Callable[..., Tensor],
+    remainder: Remainder,
+    term: Term,
+    judge: Judge,
+    step: int,
+    weight: float,
 ) -> Tensor:
     """Relative squared error on a batch of walks plus the likelihood term on fresh directions."""
     rng = stream(run.config.seed, "deform-batch", job.start, step, team.rank)
@@ -200,7 +234,7 @@ def _loss(
     size = min(count, max(1, BATCH // team.size))
     chosen = judge.train[torch.as_tensor(rng.choice(count, size, replace=False))] if count else judge.train
     inputs, directions = judge.walks.inputs[chosen], None
-    if judge.weight:
+    if weight:
         directions, fresh = term.directions(step)
         inputs = torch.cat([inputs, fresh])
     outputs = wrapped(inputs, noise)
@@ -210,7 +244,7 @@ def _loss(
     if directions is not None:
         linear = term._model.chain.coefficients(inputs[size:], term._model.radius)
         pulled, _ = term.pull(directions, linear + outputs[size:], step)
-        loss = loss + judge.weight * pulled
+        loss = loss + weight * pulled
     return loss
 
 
@@ -224,7 +258,12 @@ def _sums(team: Team, walks: Walks, left: Tensor, target: Tensor, there: Tensor)
     """Statistics of inputs and targets over the training walks of all workers."""
     train, held = there & ~walks.held, there & walks.held
     x = walks.inputs[train].double()
-    sums = [torch.tensor([float(train.sum())]).double(), x.sum(0), x.square().sum(0), target[train].double().square().sum()[None]]
+    sums = [
+        torch.tensor([float(train.sum())]).double(),
+        x.sum(0),
+        x.square().sum(0),
+        target[train].double().square().sum()[None],
+    ]
     errors = [left[held].double().square().sum()[None], target[held].double().square().sum()[None]]
     team.sum(sums + errors)
     count = float(sums[0])

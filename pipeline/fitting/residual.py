@@ -42,6 +42,8 @@ class Walks:
     """Coefficients of the residual at each node, (w, nodes, k); NaN where a walk has no point there."""
     rise: Tensor
     """Potential of the point, (w, nodes), float64; NaN likewise."""
+    squares: Tensor
+    """Squares of offset minus free displacement, and of what the stretch leaves of it, (w, nodes, 2), float64."""
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))
     """(w, p)."""
 
@@ -51,7 +53,9 @@ class Walks:
         return torch.from_numpy(is_held_out(self.walk))
 
 
-def fit_residual(run: Run, plan: WalkPlan, problem: Problem, job: FitJob, team: Team) -> tuple[Residual, dict[str, Any]]:
+def fit_residual(
+    run: Run, plan: WalkPlan, problem: Problem, job: FitJob, team: Team
+) -> tuple[Residual, dict[str, Any]]:
     """Fit on this team's walks; every worker returns the same model.
 
     Raises:
@@ -75,9 +79,11 @@ def fit_residual(run: Run, plan: WalkPlan, problem: Problem, job: FitJob, team: 
         "basis_captures": captured,
         "heldout_error_by_radius": [{"radius": r, "error": e} for r, e in zip(grid.nodes, errors, strict=True)],
         "heldout_error_linear": errors[grid.selected],
+        "heldout_error_outside_basis": whole_error(team, walks, grid.selected, 0.0),
         "marks": [grid.nodes[m] for m in grid.marks],
     }
     facts |= fit_remainder(run, problem, job, team, model, walks, grid)
+    facts["heldout_error"] = whole_error(team, walks, grid.selected, facts["heldout_error_in_basis"])
     return model, facts
 
 
@@ -120,7 +126,13 @@ def fit_stretch(team: Team, grid: Grid, directions: Directions, theta_star: Tens
 
 
 def fit_basis(
-    team: Team, grid: Grid, directions: Directions, theta_star: Tensor, stretch: Stretch, rank: int, rng: np.random.Generator
+    team: Team,
+    grid: Grid,
+    directions: Directions,
+    theta_star: Tensor,
+    stretch: Stretch,
+    rank: int,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, float]:
     """Leading directions of the residuals, (k, D), and the share of their squares (near the selected radius) they hold."""
     radius = grid.nodes[grid.selected]
@@ -155,8 +167,11 @@ def project(team: Team, grid: Grid, directions: Directions, chain: Chain) -> Wal
     place: dict[int, int] = {}
     targets: list[Tensor] = []
     rise: list[Tensor] = []
+    squares: list[Tensor] = []
     for part in offsets(team, grid, directions, chain.theta_star):
-        left = residual_of(part.direction, part.radius, part.offset, chain.stretch) @ chain.basis.T
+        rest = residual_of(part.direction, part.radius, part.offset, chain.stretch)
+        left = rest @ chain.basis.T
+        sizes = torch.stack([(part.offset - part.direction * part.radius).square().sum(1), rest.square().sum(1)], dim=1)
         for row, walk in enumerate(part.walk.tolist()):
             if walk not in place:
                 if len(place) >= most:
@@ -164,11 +179,14 @@ def project(team: Team, grid: Grid, directions: Directions, chain: Chain) -> Wal
                 place[walk] = len(targets)
                 targets.append(torch.full((nodes, k), math.nan, dtype=left.dtype))
                 rise.append(torch.full((nodes,), math.nan, dtype=torch.float64))
+                squares.append(torch.zeros(nodes, 2, dtype=torch.float64))
             targets[place[walk]][part.node[row]] = left[row]
             rise[place[walk]][part.node[row]] = float(part.potential[row])
+            squares[place[walk]][part.node[row]] = sizes[row].double()
     if not targets:
-        return Walks(np.empty(0, np.int64), chain.basis.new_empty(0, nodes, k), torch.empty(0, nodes, dtype=torch.float64))
-    return Walks(np.array(list(place)), torch.stack(targets), torch.stack(rise))
+        empty = torch.empty(0, nodes, 2, dtype=torch.float64)
+        return Walks(np.empty(0, np.int64), chain.basis.new_empty(0, nodes, k), empty[..., 0], empty)
+    return Walks(np.array(list(place)), torch.stack(targets), torch.stack(rise), torch.stack(squares))
 
 
 def probe_of(run: Run, problem: Problem, parts: int) -> Probe:
@@ -188,7 +206,9 @@ def probe_of(run: Run, problem: Problem, parts: int) -> Probe:
     return outputs
 
 
-def fit_chain(team: Team, grid: Grid, directions: Directions, chain: Chain, walks: Walks) -> tuple[Tensor, list[float | None]]:
+def fit_chain(
+    team: Team, grid: Grid, directions: Directions, chain: Chain, walks: Walks
+) -> tuple[Tensor, list[float | None]]:
     """Cores in the order of the radius. Returns the inputs (w, p) of this worker's walks and the error at each node."""
     batch = max(1, (32 << 20) // (8 * len(chain.theta_star)))
     pieces = [slice(i, i + batch) for i in range(0, len(walks.walk), batch)]
@@ -216,8 +236,17 @@ def fit_chain(team: Team, grid: Grid, directions: Directions, chain: Chain, walk
         widths = [chain.components[j].shape[1] for j in range(seen)]
         core = _core(team, walks, x[:, : width + sum(widths)], node)
         chain.cores.append(core.weights.to(x))
-        errors.append(core.error)
+        errors.append(whole_error(team, walks, node, core.error))
     return x, errors
+
+
+def whole_error(team: Team, walks: Walks, node: int, error: float | None) -> float | None:
+    """Squared error over held-out walks relative to that of the free displacement, with what lies outside the basis."""
+    chosen = ~walks.targets[:, node, 0].isnan() & walks.held
+    sums = [walks.squares[chosen, node].sum(0), walks.targets[chosen, node].double().square().sum()[None]]
+    team.sum(sums)
+    (full, left), inside = sums[0].tolist(), float(sums[1])
+    return None if error is None or not full else (left - inside + error * inside) / full
 
 
 def _core(team: Team, walks: Walks, x: Tensor, node: int) -> Core:

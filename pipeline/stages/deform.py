@@ -147,7 +147,11 @@ def _remove_scratch(run: Run, job: FitJob) -> None:
 
 def _line(facts: dict[str, Any]) -> str:
     error = facts.get("heldout_error")
-    rises = f"rise of U {facts['potential_rise']:.4g}, walks {facts['walk_potential_rise']:.4g}" if facts["potential_rise"] else ""
+    rises = (
+        f"rise of U {facts['potential_rise']:.4g}, walks {facts['walk_potential_rise']:.4g}"
+        if facts["potential_rise"]
+        else ""
+    )
     return (f"held-out error {error:.3f}, " if error is not None else "") + rises
 
 

@@ -69,10 +69,11 @@ class Chain:
         return self.probe(point, mark) - self.probe(self.theta_star[None], mark)
 
     def inputs(self, directions: Tensor, radius: float = float("inf")) -> Tensor:
-        """Inputs of directions (n, D), as far as marks up to `radius` go, (n, p)."""
+        """Inputs of directions (n, D), as far as the coefficients at `radius` need them, (n, p)."""
         x = self.project(directions)
+        last = self._node_above(radius)
         for mark, node in enumerate(self.marks):
-            if self.nodes[node] > radius * (1 + 1e-6):
+            if node > last:
                 break
             change = self.outputs_at_mark(directions, x, mark)
             x = torch.cat([x, (change - self.means[mark]) @ self.components[mark]], dim=1)
@@ -80,7 +81,7 @@ class Chain:
 
     def coefficients(self, inputs: Tensor, radius: float) -> Tensor:
         """Linear part of the residual in the basis, (n, k)."""
-        upper = next((g for g, node in enumerate(self.nodes) if node >= radius * (1 - 1e-6)), len(self.nodes) - 1)
+        upper = self._node_above(radius)
         high = self._core(inputs, upper)
         below = self.nodes[upper - 1] if upper else 0.0
         share = min(1.0, (radius - below) / (self.nodes[upper] - below))
@@ -91,6 +92,9 @@ class Chain:
     def position(self, directions: Tensor, coefficients: Tensor, radius: float) -> Tensor:
         """theta* + stretched displacement + coefficients in the basis, (n, D)."""
         return torch.addmm(self.stretch.place(directions, radius).add_(self.theta_star), coefficients, self.basis)
+
+    def _node_above(self, radius: float) -> int:
+        return next((g for g, node in enumerate(self.nodes) if node >= radius * (1 - 1e-6)), len(self.nodes) - 1)
 
     def _core(self, inputs: Tensor, node: int) -> Tensor:
         weights = self.cores[node]

@@ -87,6 +87,8 @@ class Remainder(nn.Module):
         names = [k for k in state if k.startswith("layers.") and k.endswith(".weight")]
         hidden = [len(state[name]) for name in sorted(names, key=lambda name: int(name.split(".")[1]))]
         unit, radius = state["unit"].tolist()
-        model = cls(state["center"], state["scale"], unit, radius, len(state["last.bias"]), hidden).to(state["center"].dtype)
+        model = cls(state["center"], state["scale"], unit, radius, len(state["last.bias"]), hidden).to(
+            state["center"].dtype
+        )
         model.load_state_dict(state)
         return model.eval()

@@ -41,7 +41,9 @@ class Residual:
         """Independent draws, (n, D). Raises InputError where no walk was recorded at such a radius."""
         radius = self.radius if radius is None else radius
         if not 0 < radius <= self.chain.nodes[-1] * (1 + 1e-6):
-            raise InputError(f"radius must be above 0 and at most {self.chain.nodes[-1]:.4g}, where walks end; got {radius}.")
+            raise InputError(
+                f"radius must be above 0 and at most {self.chain.nodes[-1]:.4g}, where walks end; got {radius}."
+            )
         return self.deform(self.free.directions(rng, n, self.chain.basis.dtype), radius)
 
     def deform(self, directions: Tensor, radius: float) -> Tensor:

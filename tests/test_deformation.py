@@ -1,0 +1,338 @@
+"""The deformation: what it must reproduce exactly, what its control draws from, and what survives a broken fit."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+from scipy import stats
+from torch import Tensor
+
+from pipeline.bayes.deformation.base import FreeLaw, deal
+from pipeline.bayes.deformation.basis import Sketch, leading_basis, orthonormalise_, random_probe
+from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.residual import Residual
+from pipeline.bayes.deformation.ridge import Moments, fit_core
+from pipeline.build import load_problem
+from pipeline.config import parse_config
+from pipeline.errors import InputError, RunError
+from pipeline.executor import SerialExecutor
+from pipeline.fitting.fit import SerialTeam, facts_path, fit
+from pipeline.fitting.job import FitJob
+from pipeline.fitting.loading import load_deformation
+from pipeline.posterior import Posterior
+from pipeline.progress import LogProgress
+from pipeline.run import Run, claim, prepare
+from pipeline.stages import deform as stage
+from pipeline.stages.estimate import estimate
+from pipeline.stages.sample import sample
+from pipeline.stages.select import select
+from pipeline.store import SampleStore
+
+FALSE_ALARM = 1e-6
+
+LINEAR = {
+    "name": "linear",
+    "data": {"source": "sklearn:diabetes", "task": "regression", "validation": 0.2, "test": 0.2},
+    "model": {"hidden": []},
+    "likelihood": {"kind": "gaussian", "noise_std": 0.7},
+    "walk": {
+        "walks": 64,
+        "walks_per_shard": 32,
+        "length": 2.0,
+        "steps": 20,
+        "record_every": 5,
+        "correction": "plain",
+        "guard": False,
+    },
+    "deformation": {"rank": 11, "steps": 0},
+    "evaluation": {"draws": 8},
+}
+"""A linear network: U is exactly quadratic, so that a walk's end is a linear function of its drift."""
+IRIS = {
+    "name": "tiny",
+    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
+    "model": {"hidden": [6]},
+    "map": {"starts": 2, "steps": 300},
+    "walk": {"walks": 48, "walks_per_shard": 12, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "deformation": {"rank": 8, "hidden": [16], "steps": 60},
+    "evaluation": {"draws": 8},
+}
+
+
+def walked(settings: dict, folder: Path) -> Run:
+    run = prepare(parse_config({**settings, "storage": str(folder)}))
+    claim(run)
+    for step in (estimate, sample):
+        step(run, SerialExecutor(), LogProgress())
+    select(run, LogProgress())
+    return run
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = walked(LINEAR, tmp_path_factory.mktemp("linear"))
+    stage.deform(run, stage.train_in_process, LogProgress())
+    return run
+
+
+@pytest.fixture(scope="module")
+def iris_walks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return walked(IRIS, tmp_path_factory.mktemp("iris"))
+
+
+@pytest.fixture(scope="module")
+def iris(iris_walks: Run) -> Run:
+    stage.deform(iris_walks, stage.train_in_process, LogProgress())
+    return iris_walks
+
+
+def copy(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.uri, folder / Path(run.uri).name)
+    storage = type(run.storage).open(str(folder / Path(run.uri).name))
+    return dataclasses.replace(run, storage=storage)
+
+
+def summary(run: Run) -> dict:
+    return run.storage.read_json("deformation/deformation.json")
+
+
+def test_on_a_quadratic_held_out_walks_are_reproduced(linear: Run) -> None:
+    found = summary(linear)
+    assert found["heldout_error"] < 1e-6
+    assert all(point["error"] < 1e-6 for point in found["heldout_error_by_radius"])
+
+
+def test_on_a_quadratic_draws_rise_as_walks_do(linear: Run) -> None:
+    store, radius = SampleStore.open(linear.storage), summary(linear)["radius"]
+    walks = np.concatenate([points.potential for points in store.points(radius)])
+    draws = np.concatenate([b.potential for b in Posterior(linear).draw_batches(400, seed=3, potential=True)])  # type: ignore
+    z = (draws.mean() - walks.mean()) / np.hypot(draws.std() / 20, walks.std() / 8)
+    assert abs(z) < stats.norm.ppf(1 - FALSE_ALARM / 2)
+
+
+def test_a_broken_model_is_seen(linear: Run, tmp_path: Path) -> None:
+    """The same two checks fail for weights whose cores are half as large."""
+    run = copy(linear, tmp_path)
+    model = load_deformation(run, 0)
+    assert isinstance(model, Residual)
+    store, radius = SampleStore.open(run.storage), model.radius
+    points = next(store.points(radius))
+    directions = stage_directions(run, points.walk)
+    truth = torch.from_numpy(points.theta) - model.chain.theta_star
+    good = model.deform(directions, radius) - model.chain.theta_star
+    broken = dataclasses.replace(model.chain, cores=[core / 2 for core in model.chain.cores])
+    bad = dataclasses.replace(model, chain=broken).deform(directions, radius) - model.chain.theta_star
+    free = truth - directions * radius
+    assert error(good, truth, free) < 1e-5
+    assert error(bad, truth, free) > 1e-3
+
+
+def stage_directions(run: Run, walks: np.ndarray) -> Tensor:
+    from pipeline.fitting.reading import Directions
+
+    store = SampleStore.open(run.storage)
+    return Directions(run, store.plan, load_problem(run, 0), torch.float32).of(walks)
+
+
+def error(found: Tensor, truth: Tensor, free: Tensor) -> float:
+    return float((found - truth).square().sum() / free.square().sum())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_ridge_finds_a_linear_map_and_its_penalty(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(np.c_[np.ones(400), rng.standard_normal((400, 20))])
+    weights = torch.from_numpy(rng.standard_normal((21, 3)))
+    y = x @ weights + noise * torch.from_numpy(rng.standard_normal((400, 3)))
+    core = fit_core(Moments.of(x[:300], y[:300]), Moments.of(x[300:], y[300:]))
+    direct = float((x[300:] @ core.weights - y[300:]).square().sum() / y[300:].square().sum())
+    assert core.error == pytest.approx(direct, rel=1e-6, abs=1e-12)
+    assert direct < max(1e-12, 3 * noise**2)
+
+
+def test_streamed_basis_is_that_of_all_rows() -> None:
+    rng = np.random.default_rng(1)
+    rows = torch.from_numpy(rng.standard_normal((60, 5)) @ rng.standard_normal((5, 40))).float()
+    sketch = Sketch(random_probe(40, 12, rng))
+    for part in rows.split(7):
+        sketch.add(part)
+    sketch = Sketch(orthonormalise_(sketch.total))
+    for part in rows.split(7):
+        sketch.add(part)
+    basis = leading_basis(sketch, 5)
+    assert torch.allclose(basis @ basis.T, torch.eye(5), atol=1e-4)
+    assert float((rows - rows @ basis.T @ basis).norm() / rows.norm()) < 1e-4
+
+
+def gaussian(points: Tensor) -> Gaussian:
+    return Gaussian(1.0, points.shape[1], len(points), lambda radius: iter(points.split(16)))
+
+
+def test_gaussian_control_draws_have_the_mean_and_covariance_of_the_points() -> None:
+    rng = np.random.default_rng(2)
+    points = torch.from_numpy(rng.standard_normal((50, 4)) @ rng.standard_normal((4, 4)) + 3)
+    draws = gaussian(points).draw(np.random.default_rng(3), 2000).numpy()
+    root = np.linalg.cholesky(np.cov(points.numpy().T))
+    z = np.linalg.solve(root, (draws - points.numpy().mean(0)).T)  # standard normal if the law holds
+    assert (z.mean(axis=1) ** 2).sum() * 2000 < stats.chi2.ppf(1 - FALSE_ALARM, 4)
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], 8000)
+    assert low < (z**2).sum() < high
+    assert abs(np.corrcoef(z) - np.eye(4)).max() < stats.norm.ppf(1 - FALSE_ALARM / 12) / np.sqrt(2000)
+
+
+def test_gaussian_control_refuses_another_number_of_points() -> None:
+    points = torch.zeros(8, 3)
+    with pytest.raises(ValueError, match="made from 9"):
+        Gaussian(1.0, 3, 9, lambda radius: iter([points])).draw(np.random.default_rng(0), 2)
+
+
+def test_free_directions_have_unit_length_and_survive_a_file() -> None:
+    law = FreeLaw(30, torch.linspace(1, 2, 30))
+    again = FreeLaw.from_tensors(law.to_tensors())
+    d = again.directions(np.random.default_rng(0), 5)
+    assert torch.equal(d, law.directions(np.random.default_rng(0), 5))
+    assert torch.allclose(d.norm(dim=1), torch.ones(5))
+
+
+def test_draws_are_dealt_to_starts_in_turns_and_in_proportion() -> None:
+    owners = deal([30, 10], 400)
+    assert np.bincount(owners).tolist() == [300, 100]
+    assert (deal([30, 10], 37) == owners[:37]).all()
+    assert sorted(deal([5, 5, 5], 3).tolist()) == [0, 1, 2]
+
+
+def test_same_seed_same_draws(iris: Run) -> None:
+    first, again = Posterior(iris), Posterior.load(iris.uri)
+    assert torch.equal(first.draw(20, seed=4), again.draw(20, seed=4))
+    assert not torch.equal(first.draw(20, seed=4), first.draw(20, seed=5))
+    pieces = torch.cat([batch.theta for batch in first.draw_batches(20, seed=4, batch=3)])
+    torch.testing.assert_close(pieces, first.draw(20, seed=4), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_survive_their_file(iris: Run) -> None:
+    model = load_deformation(iris, 1)
+    assert isinstance(model, Residual)
+    again = Residual.from_tensors(model.to_tensors(), model.chain.probe)
+    rng = np.random.default_rng
+    assert torch.equal(model.draw(rng(0), 4), again.draw(rng(0), 4))
+
+
+def test_draws_at_any_recorded_radius_and_no_other(iris: Run) -> None:
+    posterior = Posterior(iris)
+    for radius in (0.2, 1.1, 3.0):
+        assert torch.isfinite(posterior.draw(4, radius=radius)).all()
+    with pytest.raises(InputError, match="at most 3"):
+        posterior.draw(4, radius=3.5)
+    with pytest.raises(InputError, match="at least 1"):
+        posterior.draw(0)
+
+
+def test_predictions_are_averages_in_the_unit_of_the_target(linear: Run) -> None:
+    data = linear.dataset
+    from sklearn.datasets import load_diabetes
+
+    raw, posterior = load_diabetes(), Posterior(linear)
+    mean, aleatoric, epistemic = posterior.predict(raw.data[:5], draws=16)
+    problem = posterior.problem(0)
+    x = torch.as_tensor(np.asarray(data.schema.encode(raw.data[:5]))).to(problem.theta_star)
+    outputs = torch.stack([problem.network.outputs(t, x)[:, 0] for t in posterior.draw(16)]).double().numpy()
+    np.testing.assert_allclose(mean, outputs.mean(0) * data.schema.y_std + data.schema.y_mean, rtol=1e-5)
+    np.testing.assert_allclose(epistemic, outputs.std(0) * data.schema.y_std, rtol=1e-3)
+    np.testing.assert_allclose(aleatoric, 0.7 * data.schema.y_std, rtol=1e-5)
+
+
+def test_state_dicts_load_into_the_network(iris: Run) -> None:
+    posterior = Posterior(iris)
+    theta = posterior.draw(2, seed=1)
+    for row, state in zip(theta, posterior.state_dicts(2, seed=1), strict=True):
+        module = posterior.problem(0).network.module
+        module.load_state_dict(state, strict=True)
+        assert torch.equal(posterior.problem(0).network.theta(), row)
+
+
+def test_a_finished_fit_is_left_alone_and_other_blocks_are_learned_anew(iris: Run, tmp_path: Path) -> None:
+    run, fits = copy(iris, tmp_path), []
+
+    def trainer(run: Run, job: FitJob) -> None:
+        fits.append(job.start)
+        stage.train_in_process(run, job)
+
+    stage.deform(run, trainer, LogProgress())
+    assert fits == []
+    run.storage.replace_json("deformation/deformation.json", summary(run) | {"trained_on": "of other blocks"})
+    for start in (0, 1):
+        facts = run.storage.read_json(facts_path(start))
+        run.storage.replace_json(facts_path(start), facts | {"trained_on": "of other blocks"})
+    stage.deform(run, trainer, LogProgress())
+    assert fits == [0, 1]
+    assert summary(run)["trained_on"] == SampleStore.open(run.storage).digest()
+    assert not run.storage.list("deformation/train")
+
+
+def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Path) -> None:
+    run = copy(iris, tmp_path)
+    job = FitJob(0, summary(run)["radius"], summary(run)["trained_on"])
+    run.storage.delete(job.weights)
+
+    class Killed(Exception):
+        pass
+
+    class Dying(SerialTeam):
+        def save(self, step: int, tensors: dict, facts: dict) -> None:
+            super().save(step, tensors, facts)
+            raise Killed
+
+    restored: list[int] = []
+
+    class Next(SerialTeam):
+        def restore(self) -> tuple[dict, dict] | None:
+            found = super().restore()
+            restored.append(found[1]["step"] if found else 0)
+            return found
+
+    with pytest.raises(Killed):
+        fit(run, job, Dying(run, job))
+    fit(run, job, Next(run, job))
+    assert restored[0] > 0
+    before, after = load(iris.storage.read(job.weights)), load(run.storage.read(job.weights))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_kind_none_does_nothing(iris_walks: Run, tmp_path: Path) -> None:
+    run = walked_as(iris_walks, tmp_path, kind="none")
+    stage.deform(run, stage.train_in_process, LogProgress())
+    assert not run.storage.exists("deformation/deformation.json")
+    with pytest.raises(InputError, match="no deformation"):
+        Posterior(run)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "metric"])
+def test_other_kinds_fit_and_draw(kind: str, iris_walks: Run, tmp_path: Path) -> None:
+    run = walked_as(iris_walks, tmp_path, kind=kind)
+    stage.deform(run, stage.train_in_process, LogProgress())
+    draws = Posterior(run).draw(6, seed=2)
+    assert draws.shape == (6, SampleStore.open(run.storage).plan.dim) and torch.isfinite(draws).all()
+    assert torch.equal(draws, Posterior(run).draw(6, seed=2))
+    assert summary(run)["kind"] == kind
+
+
+def walked_as(run: Run, folder: Path, kind: str) -> Run:
+    run = copy(run, folder)
+    shutil.rmtree(f"{run.uri}/deformation", ignore_errors=True)
+    deformation = run.config.deformation.model_copy(update={"kind": kind})
+    return dataclasses.replace(run, config=run.config.model_copy(update={"deformation": deformation}))
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_its_arithmetic(
+    iris: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have: Callable[[], int] = lambda: 1000  # noqa: E731
+    monkeypatch.setattr(stage, "_total_memory", have)
+    with pytest.raises(RunError, match=r"2 x D x \(rank \+ 8\)"):
+        stage.check_memory(iris, 11_000_000)
