@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-SECONDS = 60
+SECONDS = 120
 """Longest wait for a cluster to answer."""
 
 
@@ -108,7 +108,7 @@ class LocalCluster:
         self._get("/api/version")
         for _ in range(self._count):
             self.add_worker()
-        self._wait_for_nodes(self._count + 1)
+            self._wait_for_nodes(len(self.nodes))  # one after the other is quicker where processors are few
         return self
 
     def add_worker(self) -> Node:
@@ -133,6 +133,7 @@ class LocalCluster:
         # The nodes must find this environment's python first, whatever the shell has.
         path = f"{ray.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, **self._environment, **self.client_environment}
+        environment["RAY_raylet_start_wait_time_s"] = str(SECONDS)
         environment.pop("RAY_ADDRESS", None)
         with open(self.folder / f"node-{len(self.nodes)}.log", "wb") as log:
             process = subprocess.Popen(
