@@ -62,7 +62,9 @@ def likelihood_of(config: Config, schema: DataSchema, noise_std: float | None) -
     """
     kind = likelihood_kind(config)
     if kind == "bernoulli" and len(schema.classes) != 2:
-        raise InputError(f"likelihood.kind: bernoulli needs two classes, the data have {len(schema.classes)}. Use categorical.")
+        raise InputError(
+            f"likelihood.kind: bernoulli needs two classes, the data have {len(schema.classes)}. Use categorical."
+        )
     if kind == "gaussian":
         return Gaussian(noise_std or 1.0)
     return {

@@ -27,8 +27,12 @@ out = Console(soft_wrap=True, highlight=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="Address of a run: what 'fiberwalk run' prints first.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")]
-StoragePlace = Annotated[str | None, typer.Option("--storage", metavar="URI", help="Folder or s3://bucket/prefix for runs.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")
+]
+StoragePlace = Annotated[
+    str | None, typer.Option("--storage", metavar="URI", help="Folder or s3://bucket/prefix for runs.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run Python code named by a stored configuration.")]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where to write.")]
@@ -129,7 +133,9 @@ def status(run_uri: RunUri, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     run_uri: RunUri,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what is broken, so that the next run redoes it.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is broken, so that the next run redoes it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read every block: checksums, counts, digests, gaps. Exit status 1 if anything is wrong."""
@@ -164,7 +170,9 @@ def export(
     format: Annotated[str, typer.Option("--format", help="arviz, safetensors, parquet or npz.")],
     radius: Radius = None,
     thin: Annotated[int, typer.Option("--thin", min=1, help="Keep every K-th recorded point.")] = 1,
-    parameters: Annotated[str | None, typer.Option("--parameters", metavar="REGEX", help="Only these parameters.")] = None,
+    parameters: Annotated[
+        str | None, typer.Option("--parameters", metavar="REGEX", help="Only these parameters.")
+    ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Write the sample store for downstream analysis, in constant memory."""

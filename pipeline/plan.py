@@ -13,6 +13,11 @@ import numpy as np
 
 from pipeline.streams import stream as stream
 
+FRACTIONS = {"plain": 0.3, "deflated": 0.5, "momentum": 0.15, "deflated-momentum": 0.15}
+"""Step over inverse curvature of each correction."""
+MOMENTUM = 0.95
+"""Share of the last displacement that a momentum walk keeps."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -108,6 +113,16 @@ class WalkPlan:
         """Record numbers (from 0) that belong to a block."""
         first = block * self.records_per_block
         return range(first, min(first + self.records_per_block, self.records))
+
+    def with_correction(self, correction: str) -> WalkPlan:
+        """The same walk with another correction and the step size that goes with it."""
+        return dataclasses.replace(
+            self,
+            correction=correction,
+            rank=self.rank if correction.startswith("deflated") else 0,
+            step_size=self.step_size if self.step_size_given else FRACTIONS[correction],
+            momentum=MOMENTUM if correction.endswith("momentum") else 0.0,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""

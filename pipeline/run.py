@@ -1,4 +1,4 @@
-"""A run: configuration, data and the place that holds its objects. Opening one refuses what does not belong together."""
+"""A run: configuration, data and the place that holds its objects. Opening one refuses what does not belong to it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def stored_config(run_uri: str, *, trust_code: bool = False) -> Config:
     """The configuration of a stored run, refused where it names Python code and `trust_code` is false."""
     storage = Storage.open(run_uri)
     if not storage.exists("config.yaml"):
-        raise InputError(f"No run at {run_uri}: config.yaml is missing there. Give the address that 'fiberwalk run' printed.")
+        raise InputError(
+            f"No run at {run_uri}: config.yaml is missing there. Give the address that 'fiberwalk run' printed."
+        )
     config = parse_config(yaml.safe_load(storage.read("config.yaml")))
     if config.own_code and not trust_code:
         raise InputError(
@@ -134,7 +136,8 @@ def _refuse_foreign(run: Run) -> None:
         ]
         if changes:
             raise InputError(
-                f"{run.uri} exists with another configuration (stored -> given): {'; '.join(changes)}. Use another name."
+                f"{run.uri} exists with another configuration (stored -> given): {'; '.join(changes)}. "
+                "Use another name."
             )
 
 

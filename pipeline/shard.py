@@ -32,7 +32,7 @@ from pipeline.run import Run
 from pipeline.store import SampleBlock, SampleStore
 
 TILT_MARGIN = 4.0
-"""The guard's limit in units of gamma for tilted walks, whose endpoints lie about gamma / 2 above the minimum by design."""
+"""The guard's limit in units of gamma for tilted walks, whose endpoints lie about gamma / 2 above the minimum."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def assert_variance(draws: np.ndarray, expected: float, *, false_alarm: float = 
 def assert_covariance(draws: np.ndarray, expected: np.ndarray, *, false_alarm: float = FALSE_ALARM) -> None:
     """Fail if independent normal draws (n, D) with mean 0 do not have the covariance `expected`.
 
-    In whitened coordinates every squared coordinate sum is chi-square with n degrees, and every off-diagonal sum is close
-    to normal with variance n; the limit is shared among all entries (Bonferroni).
+    In whitened coordinates every squared coordinate sum is chi-square with n degrees, and every off-diagonal sum is
+    close to normal with variance n; the limit is shared among all entries (Bonferroni).
     """
     count, dim = draws.shape
     white = draws @ np.linalg.inv(np.linalg.cholesky(expected)).T

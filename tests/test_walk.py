@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.curvature import measure
-from pipeline.bayes.walk import WalkKernel, advance, deflated_correction, init, plain_correction, set_anchor, tilt_vector
+from pipeline.bayes.walk import (
+    WalkKernel,
+    advance,
+    deflated_correction,
+    init,
+    plain_correction,
+    set_anchor,
+    tilt_vector,
+)
 from pipeline.plan import stream
 from tests.checks import assert_covariance
 from tests.targets import directions, hessian, linear_regression, quadratic_minimum, walk
@@ -184,7 +192,9 @@ def tilted_endpoints(walks: int, tilt_scale: float = 1.0) -> tuple[np.ndarray, n
     rng = stream(0, "tilt-test")
     xi = rng.standard_normal((walks, 5))
     noise = rng.standard_normal((walks, 30, 1))
-    tilt = torch.stack([tilt_vector(potential, star, torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(xi, noise, strict=True)])
+    tilt = torch.stack(
+        [tilt_vector(potential, star, torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(xi, noise, strict=True)]
+    )
     eta = 0.3 / float(torch.linalg.eigvalsh(h)[-1])
     state = walk(potential, star, xi / np.sqrt(2.0), 1000, step_size=eta, tilt=tilt * tilt_scale)
     return (state.position - star).numpy(), torch.linalg.inv(h).numpy()

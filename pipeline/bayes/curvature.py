@@ -47,7 +47,9 @@ class Curvature:
     """Effective number of parameters, tr[H_data (H_data + alpha)^-1], with the Gauss-Newton matrix."""
 
 
-def measure(potential: Potential, theta: Tensor, rank: int, rng: np.random.Generator, max_rows: int = 10_000) -> Curvature:
+def measure(
+    potential: Potential, theta: Tensor, rank: int, rng: np.random.Generator, max_rows: int = 10_000
+) -> Curvature:
     """Measure the curvature of U at theta, in float64 where the network is.
 
     Args:
@@ -77,12 +79,16 @@ def measure(potential: Potential, theta: Tensor, rank: int, rng: np.random.Gener
     pairs = min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
     values, vectors, residual = _leading(hessian, theta, pairs, rng)
     lambda_max = float(values[0]) if pairs else power_iteration(hessian, theta, rng)
-    deflated = power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if pairs else lambda_max
+    deflated = (
+        power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if pairs else lambda_max
+    )
     gamma = _stochastic_gamma(data_part, precision, theta, rng, probes=1 if dim > 1_000_000 else 6)
     return Curvature(lambda_max, values, vectors, deflated, residual, gamma)
 
 
-def power_iteration(product: Product, like: Tensor, rng: np.random.Generator, steps: int = 60, tolerance: float = 1e-3) -> float:
+def power_iteration(
+    product: Product, like: Tensor, rng: np.random.Generator, steps: int = 60, tolerance: float = 1e-3
+) -> float:
     """Largest eigenvalue in size of a symmetric product, by power iteration from a random start.
 
     The Rayleigh quotient approaches it from below, so a margin of twice the last change is added.
@@ -106,7 +112,9 @@ def _subset(potential: Potential, max_rows: int, rng: np.random.Generator) -> tu
         return potential, 1.0
     index = torch.as_tensor(np.sort(rng.choice(potential.rows, max_rows, replace=False)))
     x, y = take_rows(potential.x, index), potential.y[index]
-    smaller = Potential(potential.network, potential.likelihood, potential.precision, x, y, row_batch=potential.row_batch)
+    smaller = Potential(
+        potential.network, potential.likelihood, potential.precision, x, y, row_batch=potential.row_batch
+    )
     return smaller, potential.rows / max_rows
 
 

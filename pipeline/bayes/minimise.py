@@ -65,7 +65,9 @@ def first_order(
     return theta.detach()
 
 
-def quasi_newton(potential: Potential, theta: Tensor, tolerance: float, iterations: int) -> Tensor:
+def quasi_newton(
+    potential: Potential, theta: Tensor, tolerance: float, iterations: int, *, newton: bool = True
+) -> Tensor:
     """L-BFGS, then trust-region Newton-Krylov steps if the gradient is not yet below the tolerance (scipy)."""
 
     def fun(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -79,11 +81,12 @@ def quasi_newton(potential: Potential, theta: Tensor, tolerance: float, iteratio
         direction = torch.as_tensor(vector, dtype=theta.dtype, device=theta.device)
         return potential.hvp(point, direction[None])[0].double().cpu().numpy()
 
-    options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "gtol": tolerance / theta.numel() ** 0.5, "ftol": 0}
+    flat_tolerance = tolerance / theta.numel() ** 0.5
+    options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "gtol": flat_tolerance, "ftol": 0}
     best = optimize.minimize(fun, theta.double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-    if np.linalg.norm(best.jac) > tolerance and _newton_affordable(potential, theta.numel()):
-        newton = {"maxiter": 60, "gtol": tolerance}
-        polished = optimize.minimize(fun, best.x, jac=True, hessp=hessp, method="trust-krylov", options=newton)
+    if newton and np.linalg.norm(best.jac) > tolerance and _newton_affordable(potential, theta.numel()):
+        steps = {"maxiter": 60, "gtol": tolerance}
+        polished = optimize.minimize(fun, best.x, jac=True, hessp=hessp, method="trust-krylov", options=steps)
         best = polished if polished.fun <= best.fun else best
     return torch.as_tensor(best.x, dtype=theta.dtype, device=theta.device)
 

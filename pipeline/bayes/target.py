@@ -20,7 +20,7 @@ from pipeline.bayes.trees import Tree, row_count, slice_rows, take_rows
 from pipeline.errors import InputError
 
 NllGradient = Callable[..., tuple[Tensor, Tensor]]
-"""theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the summed NLL (W,); rows are indices of data rows."""
+"""theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the NLL (W,); rows are indices of data rows."""
 
 
 def prior_precision(layout: ParameterLayout, precision: float | Mapping[str, float], dtype: torch.dtype) -> Tensor:

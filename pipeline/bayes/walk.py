@@ -1,10 +1,10 @@
 r"""Fiber walks: particles that drift in one fixed direction and are pulled back by the gradient.
 
-$$\theta \leftarrow \theta + \tfrac{L}{T} d, \qquad m \leftarrow \mu m - \eta P \nabla U(\theta), \qquad \theta \leftarrow \theta + m$$
+$$\theta \leftarrow \theta + \tfrac{L}{T} d, \quad m \leftarrow \mu m - \eta P \nabla U(\theta), \quad \theta \leftarrow \theta + m$$
 
-With $\mu = 0$ and $P = I$ this is the sampling stage of Reichlin et al. 2025 (arXiv 2512.01500). Deflation ($P$), momentum
-($\mu$), the guard and the tilt are ours. Positions of all walks of a shard are advanced together, in place, because those
-of a wide network are large.
+With $\mu = 0$ and $P = I$ this is the sampling stage of Reichlin et al. 2025 (arXiv 2512.01500). Deflation ($P$),
+momentum ($\mu$), the guard and the tilt are ours. Positions of all walks of a shard are advanced together, in place,
+because those of a wide network are large.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def plain_correction(step_size: float) -> Correction:
 
 
 def deflated_correction(curvature: Curvature, fraction: float) -> Correction:
-    r"""Displacement $\frac{c}{\lambda_\perp}(g - QQ'g) + Q \frac{c}{\lambda} Q'g$: a step size for each stiff direction.
+    r"""Displacement $\frac{c}{\lambda_\perp}(g - QQ'g) + Q \frac{c}{\lambda} Q'g$: a step for each stiff direction.
 
     $\lambda_\perp$ is the larger of the last eigenvalue kept and the certified maximum of the rest.
     """
@@ -184,9 +184,9 @@ def init(kernel: WalkKernel) -> WalkState:
 def advance(kernel: WalkKernel, state: WalkState) -> None:
     """One step of every walk: drift, then correct. Updates the state in place.
 
-    The guard (when `kernel.limit` is set): a walk that lies above the limit does not drift; if it also rose since the last
-    evaluation, its momentum is zeroed and its step size halved. A walk that jumped or is not finite goes back to its last
-    record with half the step size.
+    The guard (when `kernel.limit` is set): a walk that lies above the limit does not drift; if it also rose since the
+    last evaluation, its momentum is zeroed and its step size halved. A walk that jumped or is not finite goes back to
+    its last record with half the step size.
     """
     moving = ~state.diverged & (state.drifts < kernel.steps)
     if kernel.limit is not None:
@@ -218,12 +218,16 @@ def advance(kernel: WalkKernel, state: WalkState) -> None:
 def set_anchor(state: WalkState, nll: Tensor) -> None:
     """Make the present point the one to go back to; `nll` (W,) is exact there. Called at every record."""
     state.nll = nll.double()
-    state.anchor, state.anchor_drifts, state.anchor_nll = state.position.clone(), state.drifts.clone(), state.nll.clone()
+    state.anchor, state.anchor_drifts, state.anchor_nll = (
+        state.position.clone(),
+        state.drifts.clone(),
+        state.nll.clone(),
+    )
     state.halved = torch.zeros_like(state.halved)
 
 
 def secure(state: WalkState) -> None:
-    """Put walks that have become infinite since the last evaluation back to the last record, before a record is made."""
+    """Put walks that are not finite back to the last record, before a record is made."""
     lost = ~torch.isfinite(state.position.sum(dim=1))
     if bool(lost.any()):
         _go_back(state, lost, state.nll)
@@ -248,7 +252,7 @@ def _control_step_size(kernel: WalkKernel, state: WalkState, nll: Tensor) -> Non
 
 
 def _go_back(state: WalkState, lost: Tensor, nll: Tensor) -> None:
-    """Back to the last record at half the step size; below the smallest step the walk is diverged. Mends nll in place."""
+    """Back to the last record at half the step size; below the smallest one, diverged. Mends nll in place."""
     state.position[lost] = state.anchor[lost]
     if state.momentum is not None:
         state.momentum[lost] = 0

@@ -25,7 +25,7 @@ from pipeline.stages.sample import AUTO_STEPS, records_per_block
 PROCESS_BYTES = 400 << 20
 """A process with torch and Ray loaded, measured on Linux."""
 WALK_COPIES = 7
-"""Arrays of the size of all positions that a step holds: position, momentum, anchor, drift, gradient and two temporaries."""
+"""Arrays of the size of all positions in a step: position, momentum, anchor, drift, gradient, two temporaries."""
 PILOT_TRIALS = 6
 """Lengths that a pilot tries, typically."""
 
@@ -112,7 +112,11 @@ def estimate_cost(run: Run) -> Cost:
     rank = 0 if walk.correction in ("plain", "momentum") else min(walk.rank, dim)
     settings = config.deformation
     deformation = 0 if settings.kind == "none" else PROCESS_BYTES + data + _deformation_bytes(config, dim)
-    actors = config.cluster.actors if config.cluster.actors != "auto" else max(1, int((os.cpu_count() or 1) / config.cluster.cpus_per_actor))
+    actors = (
+        config.cluster.actors
+        if config.cluster.actors != "auto"
+        else max(1, int((os.cpu_count() or 1) / config.cluster.cpus_per_actor))
+    )
     return Cost(
         run_id=config.run_id,
         parameters=dim,
@@ -134,21 +138,21 @@ def estimate_cost(run: Run) -> Cost:
         disk_bytes=_free_disk(run),
         embedded=config.cluster.address is None,
         arithmetic={
-            "actor": f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks_here} walks x {dim:,} x "
-            f"{item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature",
-            "deformation": f"{readable(PROCESS_BYTES)} + {readable(data)} data + {readable(_deformation_bytes(config, dim))} "
-            f"for rank {settings.rank}",
+            "actor": f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks_here} walks x "
+            f"{dim:,} x {item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature",
+            "deformation": f"{readable(PROCESS_BYTES)} + {readable(data)} data + "
+            f"{readable(_deformation_bytes(config, dim))} for rank {settings.rank}",
         },
     )
 
 
 def refuse_what_does_not_fit(cost: Cost) -> None:
-    """Raise InputError with the arithmetic where the disk, or this machine's memory for an embedded run, is too small."""
+    """Raise InputError with the arithmetic where the disk, or the memory for an embedded run, is too small."""
     if cost.disk_bytes and cost.storage_bytes > cost.disk_bytes:
         raise InputError(
-            f"The store does not fit: {cost.walks:,} walks x {cost.records} records x {cost.parameters:,} parameters take "
-            f"{readable(cost.storage_bytes)}, and {readable(cost.disk_bytes)} are free there. Raise walk.record_every, lower "
-            "walk.walks, or name another storage."
+            f"The store does not fit: {cost.walks:,} walks x {cost.records} records x {cost.parameters:,} parameters "
+            f"take {readable(cost.storage_bytes)}, and {readable(cost.disk_bytes)} are free there. Raise "
+            "walk.record_every, lower walk.walks, or name another storage."
         )
     if not cost.embedded or not cost.machine_bytes or cost.peak_bytes <= cost.machine_bytes:
         return
@@ -158,11 +162,12 @@ def refuse_what_does_not_fit(cost: Cost) -> None:
         what = f"{cost.actors} actors x {readable(cost.actor_bytes)} ({cost.arithmetic['actor']})"
         way_out = "Lower walk.walks_per_shard, walk.rank or cluster.actors"
     else:
-        what = f"{cost.deformation_workers} training workers x {readable(cost.deformation_bytes)} ({cost.arithmetic['deformation']})"
+        each = f"{readable(cost.deformation_bytes)} ({cost.arithmetic['deformation']})"
+        what = f"{cost.deformation_workers} training workers x {each}"
         way_out = "Lower deformation.rank or deformation.workers, or set deformation.kind: gaussian or none"
     raise InputError(
-        f"The run does not fit: {what} + driver {readable(cost.driver_bytes)} = {readable(cost.peak_bytes)}, and this machine "
-        f"has {readable(cost.machine_bytes)}. {way_out}, or name a cluster with cluster.address."
+        f"The run does not fit: {what} + driver {readable(cost.driver_bytes)} = {readable(cost.peak_bytes)}, and this "
+        f"machine has {readable(cost.machine_bytes)}. {way_out}, or name a cluster with cluster.address."
     )
 
 

@@ -125,8 +125,8 @@ def check_weights(run: Run) -> None:
     allowed = run.config.map.tolerance * max(1.0, min(network.dim, len(run.dataset.train.y)))
     if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
         raise InputError(
-            f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm {minimum.grad_norm:.3g} "
-            f"(map.tolerance {run.config.map.tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats "
+            f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm "
+            f"{minimum.grad_norm:.3g} (map.tolerance {run.config.map.tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats "
             f"(allowed {allowed:.3g}). Set map.polish: true to go on to the minimum, or state the prior.precision and "
             "likelihood that they were trained with."
         )
@@ -217,8 +217,8 @@ def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) 
     if minimum.grad_norm <= tolerance or minimum.decrement <= allowed:
         return
     raise RunError(
-        f"MAP estimate {start} is not at a minimum: gradient norm {minimum.grad_norm:.3g} (map.tolerance {tolerance:g}), and U "
-        f"can still fall by about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Raise map.steps "
+        f"MAP estimate {start} is not at a minimum: gradient norm {minimum.grad_norm:.3g} (map.tolerance "
+        f"{tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Raise map.steps "
         f"(now {run.config.map.steps}), change map.learning_rate (now {run.config.map.learning_rate:g}), or raise "
         "map.tolerance if so much does not matter."
     )

@@ -1,4 +1,4 @@
-"""Choose the walk's length and steps by a few walks that nobody keeps: the automatic settings of a new data set."""
+"""Choose correction, length and steps by a few walks that nobody keeps: the automatic settings of a new data set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from pipeline.plan import Shard, WalkPlan
 from pipeline.run import Run
 from pipeline.shard import build_kernel
 
-WALKS = 24
+CANDIDATES = ("momentum", "plain", "deflated-momentum")
+"""Corrections that `walk.correction: auto` compares."""
+WALKS = 16
 """Walks of a pilot."""
 RECORDS = 20
 """Points of its curve."""
@@ -38,6 +40,7 @@ GAIN = 0.7
 class Choice:
     """What a pilot found; small enough to travel."""
 
+    correction: str
     length: float
     steps: int
     best_radius: float
@@ -55,30 +58,41 @@ def uses_validation(run: Run) -> bool:
 
 
 def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
-    """Double the length until the curve is clearly past its best, then settle the steps; yields one choice.
+    """Double the length until the curve is clearly past its best, for each correction in question; yields one choice.
 
     The length ends at twice the distance at which posterior draws lie where the data say nothing,
     sqrt(sum 1 / alpha): beyond, the prior forbids.
     """
     problem = load_problem(run, 0, plan)
     automatic = run.config.walk.length == "auto" and plan.tilt == "none"
-    trials = list(_double(run, plan, problem) if automatic else [_try(run, plan, problem)])
+    trials: list[_Trial] = []
+    for candidate in _candidates(run, plan, problem):
+        trials += _double(run, candidate, problem) if automatic else [_try(run, candidate, problem)]
     best = min(trials, key=lambda trial: trial.score) if uses_validation(run) else trials[-1]
     length = plan.length
     if automatic:
-        length = best.length if uses_validation(run) else min(MARGIN * best.radius, best.length)
+        length = best.plan.length if uses_validation(run) else min(MARGIN * best.radius, best.plan.length)
     spent = len(trials) * WALKS * plan.steps
-    steps = plan.steps
+    chosen, steps = dataclasses.replace(best.plan, length=length), plan.steps
     if run.config.walk.steps == "auto":
-        steps, cost = _settle_steps(run, dataclasses.replace(plan, length=length), problem, best.radius)
+        steps, cost = _settle_steps(run, chosen, problem, best.radius)
         spent += cost
     rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
-    yield Choice(length, steps, best.radius, rule, best.curve, spent)
+    yield Choice(chosen.correction, length, steps, best.radius, rule, best.curve, spent)
+
+
+def _candidates(run: Run, plan: WalkPlan, problem: Problem) -> list[WalkPlan]:
+    """Corrections to compare: with validation rows the pilot decides among those that won on some data set."""
+    if run.config.walk.correction != "auto" or not uses_validation(run):
+        return [plan]
+    names = [name for name in CANDIDATES if not name.startswith("deflated") or len(problem.curvature.values)]
+    whole = dataclasses.replace(plan, rank=len(problem.curvature.values))
+    return [whole.with_correction(name) for name in names]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    length: float
+    plan: WalkPlan
     radius: float
     """Best radius of the curve."""
     score: float
@@ -106,10 +120,10 @@ def _try(run: Run, plan: WalkPlan, problem: Problem) -> _Trial:
         at = min(curve, key=lambda point: point["validation_nll"])
         score = at["validation_nll"]
         past = curve[-1]["validation_nll"] > score + 5 * WORSE * (0.5 + score)
-        return _Trial(plan.length, at["radius"], score, past, curve)
+        return _Trial(plan, at["radius"], score, past, curve)
     radius = _crossing(curve, problem.info["gamma"] / 2)
     found = plan.length if radius is None else radius
-    return _Trial(plan.length, found, -found, radius is not None, curve)
+    return _Trial(plan, found, -found, radius is not None, curve)
 
 
 def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> tuple[int, int]:

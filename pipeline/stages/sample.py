@@ -19,12 +19,9 @@ from pipeline.plan import Shard, WalkPlan
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.shard import run_shard
-from pipeline.stages.pilot import run_pilot
+from pipeline.stages.pilot import run_pilot, uses_validation
 from pipeline.store import SampleStore
 
-FRACTIONS = {"plain": 0.3, "deflated": 0.5, "momentum": 0.15, "deflated-momentum": 0.15}
-"""Step over inverse curvature of each correction."""
-MOMENTUM = 0.95
 AUTO_STEPS = 200
 """Where `steps: auto` begins."""
 BLOCK_BYTES = 64 << 20
@@ -48,8 +45,12 @@ def sample(run: Run, executor: Executor, progress: Progress) -> None:
     done = sum(_block_steps(plan, s, b) for s in plan.shards() for b in committed.get(s.index, ()))
     halved, diverged, began, steps = 0, 0, time.monotonic(), 0
     with progress.bar("Walks", plan.walks * plan.steps, done) as bar:
-        for shard, report in executor.stream(run_shard, run, shards):
-            halved, diverged, steps = halved + report.halved, diverged + report.diverged, steps + report.walks * report.steps
+        for _, report in executor.stream(run_shard, run, shards):
+            halved, diverged, steps = (
+                halved + report.halved,
+                diverged + report.diverged,
+                steps + report.walks * report.steps,
+            )
             rate = steps / max(time.monotonic() - began, 1e-9)
             finished = (done + steps) / plan.steps
             detail = f"{finished:.0f} of {plan.walks} walks, {rate:,.0f} steps/s, {halved} halved, {diverged} diverged"
@@ -65,19 +66,28 @@ def settle_plan(run: Run, executor: Executor, progress: Progress) -> WalkPlan:
     if run.storage.exists("plan.json"):
         return WalkPlan.from_json(run.storage.read_json("plan.json"))
     plan = draft_plan(run)
-    if run.config.walk.length == "auto" or run.config.walk.steps == "auto":
-        progress.note("Pilot walks choose " + ("length and steps" if run.config.walk.steps == "auto" else "the length") + " ...")
+    if needs_pilot(run):
+        progress.note("Pilot walks choose what is set to auto ...")
         ((_, choice),) = list(executor.stream(run_pilot, run, [plan]))
         plan = dataclasses.replace(
-            plan,
+            plan.with_correction(choice.correction),
             length=choice.length,
             steps=choice.steps,
             record_every=plan.record_every * (choice.steps // plan.steps),
-            chosen={**plan.chosen, "pilot": dataclasses.asdict(choice)},
+            chosen={**plan.chosen, "correction": choice.correction, "pilot": dataclasses.asdict(choice)},
         )
-        progress.note(f"Chosen: length {plan.length:.3g} in {plan.steps} steps (best radius of the pilot {choice.best_radius:.3g})")
+        progress.note(
+            f"Chosen: {plan.correction} walks of length {plan.length:.3g} in {plan.steps} steps "
+            f"(best radius of the pilot {choice.best_radius:.3g})"
+        )
     run.storage.create_json("plan.json", plan.to_json())
     return WalkPlan.from_json(run.storage.read_json("plan.json"))
+
+
+def needs_pilot(run: Run) -> bool:
+    """Whether anything is left to be chosen by walking."""
+    walk = run.config.walk
+    return "auto" in (walk.length, walk.steps) or (walk.correction == "auto" and uses_validation(run))
 
 
 def draft_plan(run: Run) -> WalkPlan:
@@ -87,11 +97,13 @@ def draft_plan(run: Run) -> WalkPlan:
     network, _ = load_network(run, 0, getattr(torch, walk.dtype))
     correction = walk.correction
     if correction == "auto":
-        correction = "deflated-momentum" if info["eigenvalues"] else "momentum"
+        correction = "momentum"
     steps = AUTO_STEPS if walk.steps == "auto" else walk.steps
     tilted = walk.tilt == "posterior"
     if tilted and walk.drift == "prior":
-        raise InputError("walk.drift: prior cannot be combined with walk.tilt: posterior, which has a drift of its own.")
+        raise InputError(
+            "walk.drift: prior cannot be combined with walk.tilt: posterior, which has a drift of its own."
+        )
     length = _tilted_length(run) if tilted else (walk.length if walk.length != "auto" else 1.0)
     rows = len(run.dataset.train.y)
     batch = 0 if walk.batch_size == "full" else walk.batch_size
@@ -99,7 +111,7 @@ def draft_plan(run: Run) -> WalkPlan:
     work = walk.walks * steps * walk.corrections
     compiled = walk.compile if walk.compile != "auto" else compile_pays(work, batch or rows, network.dim)
     records = math.ceil(steps / walk.record_every)
-    return WalkPlan(
+    plan = WalkPlan(
         walks=walk.walks,
         walks_per_shard=walk.walks_per_shard,
         starts=run.config.map.starts,
@@ -109,10 +121,10 @@ def draft_plan(run: Run) -> WalkPlan:
         records_per_block=records_per_block(records, walk.walks_per_shard, network.dim, walk.dtype),
         corrections=walk.corrections,
         correction=correction,
-        rank=len(info["eigenvalues"]) if correction.startswith("deflated") else 0,
-        step_size=FRACTIONS[correction] if walk.step_size == "auto" else walk.step_size,
+        rank=len(info["eigenvalues"]),
+        step_size=0.0 if walk.step_size == "auto" else walk.step_size,
         step_size_given=walk.step_size != "auto",
-        momentum=MOMENTUM if correction.endswith("momentum") else 0.0,
+        momentum=0.0,
         guard=walk.guard,
         guard_limit=1.0,
         tilt=walk.tilt,
@@ -125,6 +137,7 @@ def draft_plan(run: Run) -> WalkPlan:
         parameters=network.layout.to_json(),
         chosen={"correction": correction, "form": form, "compile": compiled},
     )
+    return plan.with_correction(correction)
 
 
 def records_per_block(records: int, walks: int, dim: int, dtype: str) -> int:
