@@ -5,8 +5,8 @@
 All implementations of a case are held ready in processes of their own and take turns, so that a burst of foreign load
 meets all of them; each number is the best of its rounds. "one core" is one process with one thread; "all cores" is the
 better of one process with a thread for each core and one single-threaded process for each core (as Ray actors run).
-A peer that is not installed is left out with the reason. `--clock cpu` counts the processor's seconds of one core instead
-of the wall's, and leaves out "all cores": for a machine that others use at the same time.
+A peer that is not installed is left out with the reason. `--clock cpu` counts the processor's seconds of one core in
+place of the wall's, and leaves out "all cores": for a machine that others use at the same time.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def show_case(case: Case, rows: list[Row], limits: Row) -> None:
         kind = "" if not row["all"] else "processes" if row["processes"] >= row["threads"] else "threads"
         memory = f"{row['memory_mib']:.0f}" if "memory_mib" in row else ""
         ratio = f"{own['all'] / row['all'] if row['all'] else own['one'] / row['one']:.2f}"
-        table.add_row(row["title"], number(row["one"]), number(row["all"] or 0), kind, ratio, memory)
+        table.add_row(row["title"], number(row["one"]), number(row["all"]) if row["all"] else "", kind, ratio, memory)
     for title, key in (("limit: tanh, matrix peak", "seconds_tanh"), ("limit: each operation alone", "seconds_shapes")):
         table.add_row(title, number(1 / limits[key]), "", "", f"{own['one'] * limits[key]:.2f} of it", "")
     console.print(table)
