@@ -145,9 +145,10 @@ class Posterior:
             seed: Fixes the draws.
 
         Returns:
-            Classification: class probabilities (rows, classes), mean entropy of a draw and mutual information (rows,) in
-            nats. Regression, in the unit of the target: mean, standard deviation of the noise, and standard deviation of
-            the mean over draws (rows,); the variance of the prediction is the sum of their squares.
+            Classification: class probabilities (rows, classes), mean entropy of a draw and mutual information
+            (rows,) in nats. Regression, in the unit of the target: mean, standard deviation of the noise, and
+            standard deviation of the mean over draws (rows,); the variance of the prediction is the sum of their
+            squares.
 
         Raises:
             InputError: Columns, shapes or values do not fit the data of the run.

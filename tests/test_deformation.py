@@ -236,10 +236,10 @@ def test_predictions_are_averages_in_the_unit_of_the_target(linear: Run) -> None
     data = linear.dataset
     from sklearn.datasets import load_diabetes
 
-    raw, posterior = load_diabetes(), Posterior(linear)
-    mean, aleatoric, epistemic = posterior.predict(raw.data[:5], draws=16)
+    raw, posterior = np.asarray(load_diabetes(return_X_y=True)[0]), Posterior(linear)
+    mean, aleatoric, epistemic = posterior.predict(raw[:5], draws=16)
     problem = posterior.problem(0)
-    x = torch.as_tensor(np.asarray(data.schema.encode(raw.data[:5]))).to(problem.theta_star)
+    x = torch.as_tensor(np.asarray(data.schema.encode(raw[:5]))).to(problem.theta_star)
     outputs = torch.stack([problem.network.outputs(t, x)[:, 0] for t in posterior.draw(16)]).double().numpy()
     np.testing.assert_allclose(mean, outputs.mean(0) * data.schema.y_std + data.schema.y_mean, rtol=1e-5)
     np.testing.assert_allclose(epistemic, outputs.std(0) * data.schema.y_std, rtol=1e-3)
@@ -334,5 +334,5 @@ def test_what_does_not_fit_into_memory_is_refused_with_its_arithmetic(
 ) -> None:
     have: Callable[[], int] = lambda: 1000  # noqa: E731
     monkeypatch.setattr(stage, "_total_memory", have)
-    with pytest.raises(RunError, match=r"2 x D x \(rank \+ 8\)"):
+    with pytest.raises(RunError, match=r"D x \(3 x rank \+ 16\)"):
         stage.check_memory(iris, 11_000_000)

@@ -1,7 +1,8 @@
 """Fit deformations with Ray Train: several workers, rows streamed by Ray Data, checkpoints in the run's own storage.
 
-The workers run the same function as the serial reference. A worker that dies is started again by Ray Train; a driver that
-died is replaced by running the same command, since a trainer with the same place and name goes on from its checkpoint.
+The workers run the same function as the serial reference. A worker that dies is started again by Ray Train; a
+driver that died is replaced by running the same command, since a trainer with the same place and name goes on from
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.data
 import ray.train
 import torch
 from ray.data import ExecutionOptions
+from ray.exceptions import RayTaskError
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file, save_file
@@ -49,7 +51,7 @@ def train(run: Run, job: FitJob) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own changes to come
         trainer = TorchTrainer(
-            train_worker,
+            _WORKER,
             train_loop_config={"run": ray.put(run), "job": job},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=run.config.cluster.gpus_per_actor > 0),
             torch_config=TorchConfig(backend="gloo"),
@@ -74,11 +76,14 @@ def train_worker(config: dict[str, Any]) -> None:
     """What each worker does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run, job = ray.get(config["run"]), config["job"]
+        run, job = cast(Run, ray.get(config["run"])), cast(FitJob, config["job"])
         context = ray.train.get_context()
         torch.set_num_threads(1)
         fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
         ray.train.report({"done": True})
+
+
+_WORKER = train_worker
 
 
 class RayTeam:
@@ -104,7 +109,7 @@ class RayTeam:
     def _read(self) -> Iterator[Rows]:
         if self._empty:
             return
-        stream = ray.train.get_dataset_shard(_points(self.rank))
+        stream = cast(Any, ray.train.get_dataset_shard(_points(self.rank)))
         for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
             yield to_rows(dict(columns), self.rank, self.size, self._shared)
 
@@ -154,7 +159,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong in a worker."""
     failures = getattr(error, "worker_failures", None)
     cause = next(iter(failures.values())) if failures else error
-    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
         cause = cause.cause
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return lines[-1].strip().rstrip(".") + "." if lines else type(cause).__name__ + "."

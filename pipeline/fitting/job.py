@@ -98,16 +98,15 @@ def is_held_out(walk: np.ndarray) -> np.ndarray:
 
 
 def memory_estimate(dim: int, rank: int, batch: int, itemsize: int = 4) -> int:
-    """Bytes of one worker: 2 D (k + 8) for the sketch, D (k + 10) while training, 4 batch D for rows, and the coefficients.
+    """Bytes that one worker of a fit holds at most: D (3 k + 16) numbers, 4 batch D for rows, and `HELD_BYTES`.
 
-    The larger of the first two, since the sketch is gone when training begins. What is held of the walks (coefficients and
-    inputs, no positions) is bounded by `HELD_BYTES`.
+    The sketch holds 2 D (k + 8) and the basis made from it D k; training holds less. What is kept of the walks
+    (coefficients and inputs, no positions) is bounded by `HELD_BYTES`, whatever their number.
     """
     from pipeline.bayes.deformation.basis import OVERSAMPLING
 
-    sketch = 2 * dim * (min(dim, rank + OVERSAMPLING)) * itemsize
-    training = dim * (min(dim, rank) + 10) * itemsize
-    return max(sketch, training) + 4 * batch * dim * itemsize + HELD_BYTES
+    columns = min(dim, rank + OVERSAMPLING)
+    return dim * itemsize * (2 * columns + min(dim, rank) + 4 * batch) + HELD_BYTES
 
 
 HELD_BYTES = 1 << 30

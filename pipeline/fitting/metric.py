@@ -1,4 +1,4 @@
-"""Fit the metric kind: consecutive points of walks stream by in batches, the likelihood term pulls decoded latents down."""
+"""Fit the metric kind on pairs of consecutive points of walks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def fit_metric(
     """
     if plan.dim > LARGEST_DIM:
         raise RunError(
-            f"deformation.kind: metric is for at most {LARGEST_DIM} parameters, this network has {plan.dim}. Use residual."
+            f"deformation.kind: metric is for at most {LARGEST_DIM} parameters, "
+            f"this network has {plan.dim}. Use residual."
         )
     dtype = torch_dtype(plan.dtype)
     star = problem.theta_star.detach().to("cpu", dtype)

@@ -1,16 +1,16 @@
-"""From blocks to what a fit learns from: which blocks belong to a worker, the drift of each walk, and nodes of the radius."""
+"""From blocks to what a fit learns from: the blocks of a worker, the drift of each walk, and nodes of the radius."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.build import Problem, drift_of
-from pipeline.fitting.job import Rows, Team, batch_rows
+from pipeline.fitting.job import Rows, Team, batch_rows, is_held_out
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.run import Run
 from pipeline.store import SampleStore
@@ -117,6 +117,27 @@ class Grid:
         gaps = np.abs(radius[:, None] - np.asarray(self.nodes))
         nearest = gaps.argmin(axis=1)
         return np.where(gaps[np.arange(len(radius)), nearest] <= self.tolerance, nearest, -1)
+
+
+@dataclass
+class Walks:
+    """What is held of this worker's walks: never positions."""
+
+    walk: np.ndarray
+    """(w,)."""
+    targets: Tensor
+    """Coefficients of the residual at each node, (w, nodes, k); NaN where a walk has no point there."""
+    rise: Tensor
+    """Potential of the point, (w, nodes), float64; NaN likewise."""
+    squares: Tensor
+    """Squares of offset minus free displacement, and of what the stretch leaves of it, (w, nodes, 2), float64."""
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(w, p)."""
+
+    @property
+    def held(self) -> Tensor:
+        """Which walks are kept for judging, (w,) bool."""
+        return torch.from_numpy(is_held_out(self.walk))
 
 
 class Directions:

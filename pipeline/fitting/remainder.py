@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +13,13 @@ from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
 from pipeline.fitting.job import FitJob, Team
-from pipeline.fitting.reading import Grid
+from pipeline.fitting.reading import Grid, Walks
+from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
 from pipeline.plan import stream
 from pipeline.run import Run
 
-if TYPE_CHECKING:
-    from pipeline.fitting.residual import Walks
-
 BATCH = 256
 """Walks of a step, over all workers."""
-FRESH = 32
-"""Fresh directions of a step for the likelihood term, over all workers, at most."""
-TERM_ROWS = 512
-"""Training rows that the likelihood term looks at in one step, at most."""
-TERM_WORK = 4e9
-"""Fresh directions times D of a whole training, at most; the steps fall to fit it."""
 UNIT = 0.1
 """Size of the remainder's unit relative to the residual."""
 WEIGHT = 0.1
@@ -35,10 +27,6 @@ WEIGHT = 0.1
 LARGEST_WEIGHT = 4.0
 GROWTH, FALL = 1.6, 0.8
 """How `auto` changes the weight at each judgement, while draws lie above or near the walks."""
-MARGIN = 1.1
-"""The likelihood term is silent while draws rise less than this many times the walks: it pulls them back, not further."""
-SCORE_WEIGHT = 1.0
-"""Weight of the same logarithm where trainings are compared: a point off the fiber is worth nothing."""
 CHECKS = 20
 """Times that a training is judged."""
 SAVE_EVERY = 4
@@ -47,60 +35,6 @@ PATIENCE = 6
 """Judgements without progress after which it stops."""
 LEARNING_RATE = 1e-3
 DECAY = 1e-2
-
-
-class Term:
-    """The likelihood term: how far fresh draws lie above the walks, and which way down is."""
-
-    def __init__(self, run: Run, problem: Problem, model: Residual, job: FitJob, team: Team, walk_rise: float):
-        self._potential, self._model, self._job, self._team = problem.potential, model, job, team
-        self._seed, self._walk_rise = run.config.seed, max(walk_rise, 1e-6)
-        self._count = max(1, min(FRESH, int(TERM_WORK / 1000 / problem.network.dim)) // team.size)
-        self._star = problem.theta_star.detach()[None]
-
-    def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Fresh directions (n, D) and their inputs (n, p)."""
-        rng = stream(self._seed, purpose, self._job.start, step, self._team.rank)
-        directions = self._model.free.directions(rng, count, self._model.chain.basis.dtype)
-        with torch.no_grad():
-            return directions, self._model.chain.inputs(directions, self._model.radius)
-
-    def directions(self, step: int) -> tuple[Tensor, Tensor]:
-        """Those of one training step."""
-        return self.draws("deform-fresh", step, self._count)
-
-    def pull(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, float]:
-        """Surrogate whose gradient is that of log(rise / walks' rise), and the ratio itself."""
-        position, gradient, rise = self._evaluate(directions, coefficients.detach(), step)
-        ratio = float(rise.mean()) / self._walk_rise
-        if not math.isfinite(ratio) or ratio <= MARGIN:
-            return coefficients.sum() * 0.0, ratio
-        slope = (gradient.to("cpu", coefficients.dtype) @ self._model.chain.basis.T) / (
-            ratio * self._walk_rise * len(rise)
-        )
-        return (slope * coefficients).sum(), ratio
-
-    def ratio(self, rise: Tensor) -> float:
-        """Mean rise over that of the walks."""
-        return float(rise.mean()) / self._walk_rise
-
-    def rise(self, directions: Tensor, coefficients: Tensor) -> Tensor:
-        """Exact rise of U over theta* on all training rows, (n,)."""
-        position = self._model.chain.position(directions, coefficients, self._model.radius).to(self._star)
-        return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
-
-    def _evaluate(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        position = self._model.chain.position(directions, coefficients, self._model.radius).to(self._star)
-        rows, scale = None, 1.0
-        if self._potential.rows > TERM_ROWS:
-            rng = stream(self._seed, "deform-rows", self._job.start, step)
-            index = rng.choice(self._potential.rows, TERM_ROWS, replace=False)
-            rows, scale = torch.as_tensor(index, device=position.device), self._potential.rows / TERM_ROWS
-        gradient, nll = self._potential.nll_gradient(position, rows)
-        _, star = self._potential.nll_gradient(self._star, rows)
-        prior = self._potential.prior(position) - self._potential.prior(self._star)
-        rise = (nll - star) * scale + prior
-        return position, torch.addcmul(gradient * scale, self._potential.precision, position), rise.double()
 
 
 def fit_remainder(
@@ -129,40 +63,6 @@ def fit_remainder(
     if best["step"] > 0:
         model.remainder = remainder
     return facts
-
-
-class Judge:
-    """Scores a remainder on held-out walks and on the potential of the same fresh draws each time."""
-
-    def __init__(self, team: Team, term: Term, walks: Walks, core: Tensor, target: Tensor, there: Tensor):
-        self.walks, self.core, self.target = walks, core, target
-        self.train, self.held = torch.nonzero(there & ~walks.held)[:, 0], there & walks.held
-        self._team, self._term = team, term
-        self._directions, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term._count))
-        self._linear = term._model.chain.coefficients(self._inputs, term._model.radius)
-
-    @torch.no_grad()
-    def __call__(self, remainder: Remainder, step: int) -> dict[str, Any]:
-        """One point of the learning curve."""
-        remainder.eval()
-        left = self.target[self.held] - self.core[self.held]
-        after = left - remainder(self.walks.inputs[self.held]) if step and len(left) else left
-        draws = self._linear + remainder(self._inputs) if step else self._linear
-        rise = self._term.rise(self._directions, draws)
-        sums = torch.stack(
-            [
-                after.square().sum().double(),
-                self.target[self.held].square().sum().double(),
-                rise.sum(),
-                torch.tensor(float(len(rise))).double(),
-            ]
-        )
-        self._team.sum([sums])
-        remainder.train()
-        error = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 0.0
-        ratio = float(sums[2] / sums[3]) / self._term._walk_rise
-        score = error + SCORE_WEIGHT * math.log(max(ratio, MARGIN) / MARGIN) if math.isfinite(ratio) else math.inf
-        return {"step": step, "heldout_error": error, "rise_ratio": ratio, "score": score}
 
 
 def _train(
@@ -242,7 +142,7 @@ def _loss(
     unit = (remainder.unit[0] / UNIT).square().to(left.dtype)
     loss = (outputs[:size] - left).square().sum(1).mean() / unit if size else outputs.sum() * 0
     if directions is not None:
-        linear = term._model.chain.coefficients(inputs[size:], term._model.radius)
+        linear = term.model.chain.coefficients(inputs[size:], term.model.radius)
         pulled, _ = term.pull(directions, linear + outputs[size:], step)
         loss = loss + weight * pulled
     return loss

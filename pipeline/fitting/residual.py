@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.bayes.trees import row_count, take_rows
 from pipeline.build import Problem
 from pipeline.errors import RunError
 from pipeline.fitting.job import HELD_BYTES, FitJob, Team, is_held_out, torch_dtype
-from pipeline.fitting.reading import Directions, Grid, offsets
+from pipeline.fitting.reading import Directions, Grid, Walks, offsets
 from pipeline.fitting.remainder import fit_remainder
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
@@ -30,27 +29,6 @@ COMPONENTS = 64
 """Principal components of each part's outputs, at most."""
 FOCUS = 0.5
 """Standard deviation of a point's weight in the basis, in the logarithm of its radius over the selected one."""
-
-
-@dataclass
-class Walks:
-    """What is held of this worker's walks: never positions."""
-
-    walk: np.ndarray
-    """(w,)."""
-    targets: Tensor
-    """Coefficients of the residual at each node, (w, nodes, k); NaN where a walk has no point there."""
-    rise: Tensor
-    """Potential of the point, (w, nodes), float64; NaN likewise."""
-    squares: Tensor
-    """Squares of offset minus free displacement, and of what the stretch leaves of it, (w, nodes, 2), float64."""
-    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(w, p)."""
-
-    @property
-    def held(self) -> Tensor:
-        """Which walks are kept for judging, (w,) bool."""
-        return torch.from_numpy(is_held_out(self.walk))
 
 
 def fit_residual(
@@ -114,8 +92,8 @@ def fit_stretch(team: Team, grid: Grid, directions: Directions, theta_star: Tens
     team.sum([vv, ve, ee, count])
     if count < 2:
         raise RunError(
-            f"Only {int(count)} walks have a point near the radius {grid.nodes[grid.selected]:.4g}, so no deformation can be "
-            "learned. Use more walks, or deformation.kind: none."
+            f"Only {int(count)} walks have a point near the radius {grid.nodes[grid.selected]:.4g}, so no "
+            "deformation can be learned. Use more walks, or deformation.kind: none."
         )
     slope = ve / vv.clamp_min(1e-300)
     mean = ve.sum() / vv.sum()
@@ -134,7 +112,7 @@ def fit_basis(
     rank: int,
     rng: np.random.Generator,
 ) -> tuple[Tensor, float]:
-    """Leading directions of the residuals, (k, D), and the share of their squares (near the selected radius) they hold."""
+    """Leading directions of the residuals near the selected radius, (k, D), and the share of squares they hold."""
     radius = grid.nodes[grid.selected]
     sketch = Sketch(random_probe(len(theta_star), sketch_width(rank, len(theta_star)), rng))
     for last in (False, True):

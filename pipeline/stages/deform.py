@@ -1,4 +1,4 @@
-"""The deformation stage: fit one model a start, judge its draws beside the walks, and say so in ``deformation.json``."""
+"""The deformation stage: fit one model a start, judge its draws beside the walks, write ``deformation.json``."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ def check_memory(run: Run, dim: int) -> None:
     have = _total_memory()
     if have and need > have:
         raise RunError(
-            f"The deformation needs {need / 2**30:.1f} GiB a worker (2 x D x (rank + 8) x 4 bytes, D = {dim}, rank = "
-            f"{settings.rank}), this machine has {have / 2**30:.1f} GiB. Lower deformation.rank, or set deformation.kind: none."
+            f"The deformation needs {need / 2**30:.1f} GiB a worker (D x (3 x rank + 16) x 4 bytes and 1 GiB, "
+            f"D = {dim}, rank = {settings.rank}), this machine has {have / 2**30:.1f} GiB. Lower "
+            "deformation.rank, or set deformation.kind: none."
         )
 
 

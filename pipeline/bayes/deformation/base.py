@@ -17,8 +17,10 @@ Outputs = Callable[[Tensor], Tensor]
 class Deformation(Protocol):
     """A model of the walk points of one start; a draw is one pass without iteration."""
 
-    radius: float
-    """Radius of a draw unless another is asked for, in units of the parameters."""
+    @property
+    def radius(self) -> float:
+        """Radius of a draw unless another is asked for, in units of the parameters."""
+        ...
 
     @property
     def dim(self) -> int:

@@ -1,7 +1,8 @@
 r"""An orthonormal basis of the leading directions of many rows that are read one batch at a time.
 
-Randomised range finder with a power iteration (Halko, Martinsson and Tropp 2011): $Y_1 = A'A\,\Omega$, $Q_1 = orth(Y_1)$,
-$Y_2 = A'A\,Q_1$. Two passes over the rows of A; memory is 2 D (k + p) numbers, whatever the number of rows.
+Randomised range finder with a power iteration (Halko, Martinsson and Tropp 2011): $Y_1 = A'A\,\Omega$, $Q_1 =
+orth(Y_1)$, $Y_2 = A'A\,Q_1$. Two passes over the rows of A; memory is 2 D (k + p) numbers, whatever the number of
+rows.
 """
 
 from __future__ import annotations

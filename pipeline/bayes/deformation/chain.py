@@ -1,10 +1,10 @@
 r"""The core of the residual kind: a few learned steps out along the radius, each looking once at the network's outputs.
 
-A free direction d becomes inputs x = [1, U d, F_1, ..., F_M]. F_j are leading principal components of the change of the
-network's outputs on the j-th part of a fixed sample of training inputs, at the point that the inputs before it predict for
-the radius $R_j$ (a *mark*). All parts together cost one forward pass over the sample. At a radius r the coefficients of the
-walk's residual are linear in the inputs whose marks do not lie beyond r, with weights for each recorded radius (a *node*)
-and linear interpolation between nodes.
+A free direction d becomes inputs x = [1, U d, F_1, ..., F_M]. F_j are leading principal components of the change of
+the network's outputs on the j-th part of a fixed sample of training inputs, at the point that the inputs before it
+predict for the radius $R_j$ (a *mark*). All parts together cost one forward pass over the sample. At a radius r the
+coefficients of the walk's residual are linear in the inputs whose marks do not lie beyond r, with weights for each
+recorded radius (a *node*) and linear interpolation between nodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Probe = Callable[[Tensor, int], Tensor]
 
 @dataclass
 class Stretch:
-    """Free displacement at a radius: $v \\mapsto (1 + \\min(r/r_0, 1)\\,a) \\odot v$, the coordinate-wise share of a walk."""
+    r"""Free displacement at a radius, each coordinate by its own share: $v \mapsto (1 + \min(r/r_0, 1)\,a) \odot v$."""
 
     slope: Tensor
     """a, (D,)."""

@@ -1,7 +1,7 @@
 r"""The control: a Gaussian with the mean and covariance of the walks' points at a radius, kept in sample space.
 
-$\theta = \bar\theta + \frac{1}{\sqrt{n-1}} \sum_w z_w (\theta_w - \bar\theta)$, z standard normal: no matrix of D x D. A
-learned deformation that does not beat it has learned nothing.
+$\theta = \bar\theta + \frac{1}{\sqrt{n-1}} \sum_w z_w (\theta_w - \bar\theta)$, z standard normal: no matrix of D x
+D. A learned deformation that does not beat it has learned nothing.
 """
 
 from __future__ import annotations

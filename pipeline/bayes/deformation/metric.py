@@ -1,9 +1,10 @@
 r"""The paper's family, as far as it is known: an autoencoder whose latent distance counts steps along the fiber.
 
-Encoder z = E(theta), decoder D(z), on offsets from theta* in units of their standard deviation. The loss is the squared
-error of the reconstruction + $(|z_t - z_{t+1}| - 1)^2$ for consecutive points of one walk $- \log(|z_i - z_j| + 10^{-6})$
-across walks (Reichlin et al. 2025, arXiv 2512.01500, from summaries of it). A draw decodes a Gaussian fitted to the latent
-points at the chosen radius. Memory grows as D times the width of the layers: for small networks only.
+Encoder z = E(theta), decoder D(z), on offsets from theta* in units of their standard deviation. The loss is the
+squared error of the reconstruction + $(|z_t - z_{t+1}| - 1)^2$ for consecutive points of one walk $- \log(|z_i -
+z_j| + 10^{-6})$ across walks (Reichlin et al. 2025, arXiv 2512.01500, from summaries of it). A draw decodes a
+Gaussian fitted to the latent points at the chosen radius. Memory grows as D times the width of the layers: for
+small networks only.
 """
 
 from __future__ import annotations

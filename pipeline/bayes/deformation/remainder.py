@@ -1,8 +1,8 @@
 r"""The nonlinear remainder of the residual kind: a small network on the inputs of the chain, zero before it is trained.
 
-$h(x, r) = \sigma\,w(r)\,[A x + g(x)]$, added to the linear coefficients; w falls off away from the selected radius, where
-it was trained. It is trained on the walks' residuals and on the potential of decoded random directions (the likelihood
-term), and kept only where held-out walks and the potential say that it helps.
+$h(x, r) = \sigma\,w(r)\,[A x + g(x)]$, added to the linear coefficients; w falls off away from the selected radius,
+where it was trained. It is trained on the walks' residuals and on the potential of decoded random directions (the
+likelihood term), and kept only where held-out walks and the potential say that it helps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Remainder(nn.Module):
 
     def __init__(self, center: Tensor, scale: Tensor, unit: float, radius: float, targets: int, hidden: Sequence[int]):
         super().__init__()
+        self.center: Tensor
+        self.scale: Tensor
+        self.unit: Tensor
         self.register_buffer("center", center)
         self.register_buffer("scale", scale)
         self.register_buffer("unit", torch.tensor([unit, radius], dtype=torch.float64))

@@ -2,9 +2,9 @@ r"""The default kind: free displacement plus a learned correction in a few direc
 
 $$\phi(d, r) = \theta^* + (1 + s(r)) \odot r d + U' h(x(d), r)$$
 
-d is a random direction, s a share of each coordinate, U an orthonormal basis of the walks' residuals, x what `chain` makes
-of the direction, and h linear in x plus a nonlinear remainder near the selected radius. D x k memory; a draw is one normal
-vector, a few products with U and one forward pass over a fixed sample of training inputs.
+d is a random direction, s a share of each coordinate, U an orthonormal basis of the walks' residuals, x what
+`chain` makes of the direction, and h linear in x plus a nonlinear remainder near the selected radius. D x k memory;
+a draw is one normal vector, a few products with U and one forward pass over a fixed sample of training inputs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""Ray Train: two workers fit what one process fits, and a worker that is killed changes nothing."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from pipeline.config import parse_config
+from pipeline.executor import SerialExecutor
+from pipeline.progress import LogProgress
+from pipeline.run import Run, claim, prepare
+from pipeline.stages.deform import deform, train_in_process
+from pipeline.stages.estimate import estimate
+from pipeline.stages.sample import sample
+from pipeline.stages.select import select
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = {
+    "name": "trainer",
+    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
+    "model": {"hidden": [6]},
+    "map": {"steps": 300},
+    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "deformation": {"rank": 8, "hidden": [16], "steps": 60, "workers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = prepare(parse_config({**SETTINGS, "storage": str(tmp_path_factory.mktemp("walks"))}))
+    claim(run)
+    estimate(run, SerialExecutor(), LogProgress())
+    sample(run, SerialExecutor(), LogProgress())
+    select(run, LogProgress())
+    return run
+
+
+def copy(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.uri, folder / Path(run.uri).name)
+    return dataclasses.replace(run, storage=type(run.storage).open(str(folder / Path(run.uri).name)))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load(run.storage.read("deformation/weights.safetensors"))
+
+
+def facts(run: Run) -> dict[str, Any]:
+    return run.storage.read_json("deformation/start=0/fit.json")
+
+
+def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
+    """A worker function whose second worker dies by SIGKILL after its second checkpoint, the first time round."""
+
+    def worker(config: dict[str, Any]) -> None:
+        from workers import trainer
+
+        class Watched(trainer.RayTeam):
+            saves = 0
+
+            def save(self, step: int, tensors: dict, facts: dict) -> None:
+                super().save(step, tensors, facts)
+                self.saves += 1
+                if self.rank == 1 and self.saves == 2 and not (marks / "killed").exists():
+                    time.sleep(5)  # Ray Train hears of a checkpoint when it next asks its workers
+                    (marks / "killed").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            def restore(self) -> tuple[dict, dict] | None:
+                found = super().restore()
+                (marks / f"restored-{self.rank}-{found[1]['step'] if found else 0}").touch()
+                return found
+
+        trainer.RayTeam = Watched
+        trainer.train_worker(config)
+
+    return worker
+
+
+@pytest.fixture(scope="module")
+def disturbed(ray_cluster: None, walked: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    import workers.trainer
+
+    folder = tmp_path_factory.mktemp("disturbed")
+    run, marks = copy(walked, folder / "runs"), folder / "marks"
+    marks.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.trainer, "_WORKER", killing_once(marks))
+        deform(run, workers.trainer.train, LogProgress())
+    assert (marks / "killed").exists()
+    steps = {int(mark.name.rsplit("-", 1)[1]) for mark in marks.glob("restored-1-*")}
+    assert max(steps) > 0, "the second attempt began from scratch"
+    return run
+
+
+def test_two_workers_one_of_them_killed_learn_what_one_process_learns(
+    walked: Run, disturbed: Run, tmp_path: Path
+) -> None:
+    """The linear cores are the same sums, whoever adds them up; the trained remainder depends on the number of workers."""
+    serial = copy(walked, tmp_path)
+    deform(serial, train_in_process, LogProgress())
+    for name in ("heldout_error_linear", "heldout_error_outside_basis", "basis_captures", "walk_potential_rise"):
+        assert facts(disturbed)[name] == pytest.approx(facts(serial)[name], rel=1e-3), name
+    assert facts(disturbed)["workers"] == 2
+    assert not disturbed.storage.list("deformation/train"), "checkpoints are removed after success"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(walked: Run, disturbed: Run, tmp_path: Path) -> None:
+    import workers.trainer
+
+    calm = copy(walked, tmp_path)
+    deform(calm, workers.trainer.train, LogProgress())
+    before, after = weights(calm), weights(disturbed)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
