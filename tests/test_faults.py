@@ -158,10 +158,10 @@ def test_two_drivers_at_once_are_harmless(tmp_path: Path, undisturbed: dict[str,
 def test_spoiled_requests_change_no_byte(s3: S3Server, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]):
     with Proxy(s3.port, seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        proxy.share, proxy.budget, proxy.stall_seconds = 0.2, 30, 0.2
+        proxy.share, proxy.budget, proxy.stall_seconds = 0.25, 30, 0.2
         run = planned_run(f"s3://{s3.bucket}/spoiled-{os.urandom(4).hex()}")
         walk(run, SerialExecutor())
-        assert sum(proxy.counts.values()) >= 20
+        assert sum(proxy.counts.values()) >= 5
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     assert contents(run.storage) == undisturbed
     assert verify(run.uri).sound

@@ -73,7 +73,10 @@ class S3Backend:
 
         chosen = {"Range": limits} if limits else {}
         answer = self.request("get_object", Key=self.prefix + path, **chosen)
-        body: Any = sync(self._connection().loop, answer["Body"].read, timeout=4 * sum(self._timeouts.values()))
+        try:
+            body: Any = sync(self._connection().loop, answer["Body"].read, timeout=4 * sum(self._timeouts.values()))
+        finally:
+            answer["Body"].close()
         if len(body) != answer["ContentLength"]:
             raise Truncated(errno.EIO, f"{path}: {len(body)} of {answer['ContentLength']} bytes came")
         return body

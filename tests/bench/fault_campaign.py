@@ -1,0 +1,264 @@
+"""Rounds of a small run with random faults, each compared with the undisturbed run.
+
+    python -m tests.bench.fault_campaign --rounds 100 --seed 1 --json campaign.json
+
+A round is replayed by ``--only ROUND`` with the same seed. It passes if every block, the plan, the choice of the radius
+and the evaluation have the bytes of the undisturbed run, and `verify` finds nothing wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.stages.verify import verify
+from pipeline.storage import Storage
+from tests.bench.fault_kinds import Fault, Stage, apply, kinds_for
+from tests.drivers import Driver, Drivers
+from tests.proxy import Proxy
+from tests.s3server import S3Server
+from tests.small_run import SETTINGS, contents
+
+ATTEMPTS = 12
+ATTEMPT_SECONDS = 240.0
+
+
+@dataclass
+class Round:
+    """What happened in one round."""
+
+    number: int
+    place: str
+    mode: str
+    injected: list[str] = field(default_factory=list)
+    statuses: list[int | None] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    rows: int = 0
+    seconds: float = 0.0
+
+
+class Campaign:
+    """The servers and the undisturbed runs that all rounds share."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        self.cluster: Any = None
+        self.references: dict[str, tuple[dict[str, str], float]] = {}
+
+    def config(self, mode: str, variant: int) -> str:
+        """The small run; on Ray without Ray Train, whose own faults are not those of the store."""
+        kind = {"kind": "gaussian"} if mode == "ray" else SETTINGS["deformation"]
+        walk = SETTINGS["walk"] | {"walks": 48, "steps": 80}
+        path = self.folder / f"{mode}-{variant}.yaml"
+        path.write_text(yaml.safe_dump(SETTINGS | {"seed": variant, "deformation": kind, "walk": walk}))
+        return str(path)
+
+    def reference(self, drivers: Drivers, mode: str, variant: int) -> tuple[dict[str, str], float]:
+        """What the undisturbed serial run wrote, and its seconds."""
+        key = f"{mode}-{variant}"
+        if key not in self.references:
+            place = self.folder / f"reference-{key}"
+            began = time.monotonic()
+            driver = drivers.run(["run", self.config(mode, variant), "--storage", str(place), "--serial", "--quiet"])
+            if driver.status:
+                raise RuntimeError(driver.output())
+            (run,) = place.iterdir()
+            self.references[key] = contents(Storage.open(str(run))), time.monotonic() - began
+        return self.references[key]
+
+    def ray_cluster(self) -> Any:
+        """A head without CPUs and two nodes, started when first needed."""
+        if self.cluster is None:
+            from ray.cluster_utils import Cluster
+
+            # Short, since Ray puts sockets there.
+            head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": tempfile.mkdtemp(prefix="fwcr-")}
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
+            for _ in range(2):
+                self.cluster.add_node(num_cpus=2)
+        return self.cluster
+
+    def close(self) -> None:
+        if self.cluster is not None:
+            self.cluster.shutdown()
+
+
+def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, proxy: Proxy) -> Round:
+    """Play one round."""
+    rng = random.Random(f"{campaign.seed}-{number}")
+    mode, place = rng.choice(["serial", "serial", "ray"]), rng.choice(["disk", "s3"])
+    variant = rng.randrange(2)
+    result = Round(number, place, mode)
+    expected, horizon = campaign.reference(drivers, mode, variant)
+    folder = campaign.folder / f"round-{number}"
+    disk = Disk(folder) if place == "disk" else None
+    uri = str(folder) if place == "disk" else f"s3://{server.bucket}/{campaign.seed}-{number}"
+    cluster = campaign.ray_cluster() if mode == "ray" else None
+    where = ["--serial"] if mode == "serial" else ["--address", cluster.address, "--set", "cluster.actors=2"]
+    command = ["run", campaign.config(mode, variant), "--storage", uri, "--quiet", *where]
+    faults = [
+        Fault(rng.choice(kinds_for(place, mode)), rng.uniform(0.0, 0.7) * horizon, rng.random())
+        for _ in range(rng.randint(4, 7))
+    ]
+    began = time.monotonic()
+    proxy.seed(number)
+    while len(result.statuses) < ATTEMPTS + len(faults):
+        taken, faults = faults[:2], faults[2:]
+        driver = drivers.start(command)
+        stage = Stage(driver, server, proxy, cluster, disk)
+        injected = disturb(stage, taken)
+        result.injected += injected
+        status = driver.wait(ATTEMPT_SECONDS)
+        stage.calm()
+        result.statuses.append(status)
+        judge(result, driver, injected)
+        if status == 0 or status is None:
+            break
+    compare(result, uri, expected)
+    result.seconds = round(time.monotonic() - began, 1)
+    if disk is not None:
+        disk.close()
+    return result
+
+
+def disturb(stage: Stage, faults: list[Fault]) -> list[str]:
+    """Apply each fault at its moment unless the driver has ended; return the kinds that were applied."""
+    injected, began = [], time.monotonic()
+    before = sum(stage.proxy.counts.values())
+    for fault in sorted(faults, key=lambda fault: fault.moment):
+        stage.driver.ended.wait(max(0.0, began + fault.moment - time.monotonic()))
+        if stage.driver.ended.is_set():
+            break
+        if apply(fault, stage):
+            injected.append(fault.kind)
+    stage.driver.ended.wait(ATTEMPT_SECONDS)
+    injected = [kind for kind in injected if kind != "requests"]
+    return injected + ["request"] * (sum(stage.proxy.counts.values()) - before)
+
+
+def judge(result: Round, driver: Driver, injected: list[str]) -> None:
+    """Note what no fault excuses: a hang, an unknown exit status, a traceback, half a message."""
+    if driver.status is None:
+        result.problems.append("hang")
+        driver.send(__import__("signal").SIGKILL)
+    elif driver.status not in (0, 1, 2, -9):
+        result.problems.append(f"exit status {driver.status}: {driver.output()[-300:]}")
+    elif driver.status in (1, 2) and not injected:
+        result.problems.append(f"failed without a fault: {driver.output()[-300:]}")
+    if "Traceback" in driver.output():
+        result.problems.append(f"traceback: {driver.output()[-600:]}")
+
+
+def compare(result: Round, place: str, expected: dict[str, str]) -> None:
+    """Compare with the undisturbed run, object by object."""
+    if place.startswith("s3://"):
+        found = {entry.path.split("/")[0] for entry in Storage.open(place).list()}
+    else:
+        found = {item.name for item in Path(place).iterdir() if not item.name.startswith(".")}
+    if len(found) != 1:
+        result.problems.append(f"there are {len(found)} runs, not one: {sorted(found)}")
+        return
+    run = Storage.open(f"{place}/{found.pop()}")
+    there = contents(run)
+    for path in sorted(expected.keys() | there.keys()):
+        if expected.get(path) != there.get(path):
+            kind = "lost" if path not in there else "too many" if path not in expected else "different"
+            result.problems.append(f"{kind}: {path}")
+    report = verify(run.uri)
+    result.rows = report.rows
+    if not (report.sound and report.complete):
+        result.problems.append(str(report))
+
+
+class Disk:
+    """A folder that can be made full: a small file system of its own where that is allowed, or an ordinary folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+        self.own = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        self._ballast = folder / ".ballast"
+
+    def fill(self, share: float) -> bool:
+        """Leave room for a few objects at most. False if this folder has no file system of its own."""
+        if not self.own:
+            return False
+        free = os.statvfs(self.folder)
+        size = max(1, free.f_bavail * free.f_frsize - int(share * 60_000))
+        with open(self._ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return True
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.own:
+            subprocess.run(["umount", "-l", str(self.folder)], capture_output=True, check=False)
+
+
+def summary(rounds: list[Round], proxy: Proxy) -> dict[str, Any]:
+    """Count rounds, faults and problems."""
+    faults = collections.Counter(kind for item in rounds for kind in item.injected if kind != "request")
+    faults.update({f"request: {kind}": count for kind, count in proxy.counts.items()})
+    bad = [item.number for item in rounds if item.problems]
+    return {
+        "rounds": dict(collections.Counter(f"{item.place}, {item.mode}" for item in rounds)),
+        "faults": dict(faults.most_common()),
+        "faults_total": sum(faults.values()),
+        "attempts": sum(len(item.statuses) for item in rounds),
+        "rows_compared": sum(item.rows for item in rounds),
+        "seconds": round(sum(item.seconds for item in rounds)),
+        "rounds_with_problems": bad,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, help="replay this round alone")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no round after so many minutes")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fwcampaign-"))
+    rounds: list[Round] = []
+    began = time.monotonic()
+    os.environ["FIBERWALK_STORAGE_PATIENCE"] = "60"
+    with S3Server(folder / "s3") as server, Proxy(server.port) as proxy:
+        os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint})
+        campaign = Campaign(folder, given.seed)
+        try:
+            with Drivers(folder) as drivers:
+                for number in [given.only] if given.only is not None else range(given.rounds):
+                    if time.monotonic() - began > 60 * given.minutes:
+                        break
+                    result = play(campaign, number, drivers, server, proxy)
+                    rounds.append(result)
+                    print(json.dumps(asdict(result)), flush=True)
+                    if given.json:
+                        given.json.write_text(json.dumps(summary(rounds, proxy) | {"seed": given.seed}, indent=1))
+        finally:
+            campaign.close()
+    found = summary(rounds, proxy)
+    print(json.dumps(found, indent=1))
+    if not found["rounds_with_problems"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if found["rounds_with_problems"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
