@@ -15,6 +15,7 @@ from pipeline.bayes.kernels import choose_form, compile_pays, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
 from pipeline.errors import InputError
+from tests.test_models import build
 
 ROWS = 37
 # Relative error of the gradient of one walk against float64; the sum over rows cancels, so not the machine's 1e-7.
@@ -302,3 +303,15 @@ def test_chunks_and_compiling_follow_from_shapes_alone():
     assert block_rows(chain.layers, (4,)) >= 1000
     assert not compile_pays(1000, 265, 354)
     assert compile_pays(10_000_000, 265, 354)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("mlp", (5,)), ("mlp", (8, 8)), ("conv", (1, 12, 12)), ("conv", (8, 8)), ("lenet", (28, 28))],
+)
+def test_the_built_in_networks_run_batched(architecture, shape):
+    module = build(shape, architecture=architecture, hidden=(6, 4))
+    network, x, y, theta = problem(module, Categorical(3), torch.float64, shape, walks=3)
+    assert choose_form(network.module, ROWS, network.dim, "cpu") == "batched"
+    found = nll_gradient(network, Categorical(3), x, y, form="batched")(theta * 0.3)
+    assert_same(found, truth(network, Categorical(3), x, y, theta * 0.3), torch.float64)
