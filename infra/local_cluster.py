@@ -104,7 +104,7 @@ class LocalCluster:
     def start(self) -> LocalCluster:
         """Start all nodes and wait until jobs can be submitted."""
         head = [f"--port={self.ports.head}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.ports.dashboard}"]
-        self._start_node(["--head", *head, "--include-dashboard=true", "--num-cpus=0", f"--temp-dir={self.folder}/ray"])
+        self._start_node(["--head", *head, "--include-dashboard=true", "--num-cpus=0"])
         self._get("/api/version")
         for _ in range(self._count):
             self.add_worker()
@@ -129,15 +129,17 @@ class LocalCluster:
             "--disable-usage-stats",
             f"--object-store-memory={128 << 20}",
         ]
-        agent = f"--dashboard-agent-listen-port={self.ports.agent + len(self.nodes)}"
+        number = len(self.nodes)
+        # A folder each, as on machines of their own: a node removes the files of a job in which it has no part any more.
+        own = [f"--dashboard-agent-listen-port={self.ports.agent + number}", f"--temp-dir={self.folder}/{number}"]
         # The nodes must find this environment's python first, whatever the shell has.
         path = f"{ray.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, **self._environment, **self.client_environment}
         environment["RAY_raylet_start_wait_time_s"] = str(SECONDS)
         environment.pop("RAY_ADDRESS", None)
-        with open(self.folder / f"node-{len(self.nodes)}.log", "wb") as log:
+        with open(self.folder / f"node-{number}.log", "wb") as log:
             process = subprocess.Popen(
-                [str(ray), "start", *options, *common, agent],
+                [str(ray), "start", *options, *common, *own],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

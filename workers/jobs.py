@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.config import Config, load_config
@@ -120,6 +122,8 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray cluster answers at {address} ({_line(error)}). "
             "Check that it runs, and that its job server (port 8265) can be reached from here."
         ) from error
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     with _told(address), _without_ray_address():
         return JobSubmissionClient(f"{parts.scheme}://{parts.hostname}:{port}{parts.path.rstrip('/')}")
 
@@ -140,13 +144,13 @@ def _told(address: str, job: str = "") -> Iterator[None]:
     """Failures of the job server become one line."""
     try:
         yield
+    except AuthenticationError:
+        raise InputError(
+            f"the Ray cluster at {address} asks for a token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) to the one that the cluster was started with."
+        ) from None
     except (RuntimeError, OSError, ValueError) as error:
         text = _line(error)
-        if "401" in text or "403" in text or "uthentica" in text:
-            raise InputError(
-                f"the Ray cluster at {address} asks for a token. Set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the "
-                "one that the cluster was started with."
-            ) from None
         if job and "404" in text:
             raise InputError(f"the Ray cluster at {address} knows no job {job}") from None
         raise InputError(f"the Ray cluster at {address} refuses: {text}") from error
