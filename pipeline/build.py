@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.bayes.curvature import Curvature
-from pipeline.bayes.kernels import nll_gradient
+from pipeline.bayes.kernels import choose_form, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential, prior_precision
@@ -27,6 +27,8 @@ from pipeline.run import Run
 
 WIDE = 2_000_000
 """Above this many parameters the MAP estimate is computed in float32 instead of float64."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,13 @@ def targets(rows: Rows, network: Network) -> Tensor:
 
 
 def build_potential(
-    run: Run, network: Network, noise_std: float | None, precision: Any, form: str = "vmap", compile: bool = False
+    run: Run, network: Network, noise_std: float | None, precision: Any, form: str | None = None, compile: bool = False
 ) -> Potential:
-    """U over the training rows."""
+    """U over the training rows; the form of its gradient is chosen by shapes where it is not given."""
     likelihood = likelihood_of(run.config, run.dataset.schema, noise_std)
     x = to_tensors(run.dataset.train.x, network.dtype, network.device)
     y = targets(run.dataset.train, network)
+    form = form or choose_form(network.module, len(run.dataset.train.y), network.dim, network.device)
     kernel = nll_gradient(network, likelihood, x, y, form=form, compile=compile)
     vector = prior_precision(network.layout, precision, network.dtype).to(network.device)
     return Potential(network, likelihood, vector, x, y, kernel)
@@ -130,14 +133,14 @@ def load_problem(run: Run, start: int, plan: WalkPlan | None = None, dtype: torc
     Args:
         run: The run.
         start: Number of the MAP estimate.
-        plan: Gives the form of the gradient; None takes the plain one.
+        plan: Gives the form of the gradient; None chooses one.
         dtype: Floating-point type; None takes that of the walk.
     """
-    dtype = dtype or getattr(torch, run.config.walk.dtype)
+    dtype = dtype or DTYPES[run.config.walk.dtype]
     folder = start_folder(start)
     info = run.storage.read_json(f"{folder}/map.json")
     network, theta = load_network(run, start, dtype)
-    form, compiled = (plan.form, plan.compile) if plan else ("vmap", False)
+    form, compiled = (plan.form, plan.compile) if plan else (None, False)
     potential = build_potential(run, network, info["noise_std"], info["prior_precision"], form, compiled)
     tensors = load(run.storage.read(f"{folder}/curvature.safetensors"))
     curvature = Curvature(

@@ -94,7 +94,7 @@ def submit(
     job_id = jobs.submit(config, address, storage=storage, overrides=overrides or [])
     out.print(job_id)
     if wait:
-        raise typer.Exit(jobs.follow(job_id, address, sys.stdout.write))
+        raise typer.Exit(jobs.follow(job_id, address, _write))
 
 
 @app.command()
@@ -258,6 +258,10 @@ def _say(message: object, code: int) -> int:
 def _with_places(overrides: list[str] | None, storage: str | None, address: str | None) -> list[str]:
     places = {"storage": storage, "cluster.address": address}
     return [*(overrides or []), *(f"{key}={json.dumps(value)}" for key, value in places.items() if value is not None)]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
 
 
 def _show(data: Any, as_json: bool, readable: Any) -> None:

@@ -14,7 +14,7 @@ EXAMPLE = """\
 name: {name}
 seed: 0
 data:
-  source: sklearn:breast_cancer   # or csv:my.csv, parquet:s3://bucket/my.parquet, npz:my.npz, idx:folder/, python:module:function
+  source: sklearn:breast_cancer   # or csv:my.csv, parquet:URI, npz:URI, python:module:function ...
   # target: label                 # csv and parquet: the column to predict
   task: classification            # or regression
   validation: 0.15                # chooses the radius and the temperature

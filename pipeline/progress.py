@@ -47,7 +47,8 @@ class LogBar:
         self._last = now
         rate = (self._done - self._at_begin) / max(now - self._began, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
-        log.info("%s: %d of %d%s, %.0f s left", self._title, self._done, self._total, f", {detail}" if detail else "", left)
+        said = f", {detail}" if detail else ""
+        log.info("%s: %d of %d%s, %.0f s left", self._title, self._done, self._total, said, left)
 
 
 class LogProgress:

@@ -53,7 +53,7 @@ class LiveProgress:
     @contextmanager
     def bar(self, title: str, total: float, done: float = 0) -> Iterator[_LiveBar]:
         """Show a bar until the block ends."""
-        task = self._rich.add_task(title, total=total, completed=done, detail="")
+        task = self._rich.add_task(title, total=total, completed=int(done), detail="")
         try:
             yield _LiveBar(self._rich, task)
         finally:

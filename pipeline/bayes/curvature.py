@@ -65,16 +65,13 @@ def measure(
     def hessian(vectors: Tensor) -> Tensor:
         return (potential.hvp(theta, vectors) - vectors * precision) * scale + vectors * precision
 
-    def data_part(vectors: Tensor) -> Tensor:
-        return (potential.gauss_newton(theta, vectors) - vectors * precision) * scale
-
     dim = theta.numel()
     if dim <= DENSE_DIM and dim * dim * potential.rows <= DENSE_WORK:
         values, vectors = torch.linalg.eigh(_dense(hessian, theta))
         values, vectors = values.flip(0), vectors.flip(1).T
         k = min(rank, dim - 1)
         deflated = float(values[k]) if k else float(values[0])
-        gamma = _dense_gamma(_dense(data_part, theta), precision)
+        gamma = occam(potential, theta, rng, scale)[0]
         return Curvature(float(values[0]), values[:k].clone(), vectors[:k].clone(), deflated, 0.0, gamma)
     pairs = min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
     values, vectors, residual = _leading(hessian, theta, pairs, rng)
@@ -82,8 +79,39 @@ def measure(
     deflated = (
         power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if pairs else lambda_max
     )
-    gamma = _stochastic_gamma(data_part, precision, theta, rng, probes=1 if dim > 1_000_000 else 6)
+    gamma = occam(potential, theta, rng, scale)[0]
     return Curvature(lambda_max, values, vectors, deflated, residual, gamma)
+
+
+def occam(potential: Potential, theta: Tensor, rng: np.random.Generator, scale: float = 1.0) -> tuple[float, float]:
+    """Effective number of parameters sum a / (1 + a), and the log volume sum log(1 + a), in nats.
+
+    a are the eigenvalues of alpha^-1/2 H_data alpha^-1/2 with the Gauss-Newton matrix H_data. Half the log volume is
+    the Occam factor of the Laplace marginal likelihood (MacKay 1992).
+
+    Args:
+        potential: The target.
+        theta: Where, (D,).
+        rng: Random signs, where the trace is estimated.
+        scale: Weight of a row, where rows are a subset.
+    """
+    dim, root = theta.numel(), potential.precision.rsqrt()
+
+    def whitened(vectors: Tensor) -> Tensor:
+        scaled = vectors * root
+        return (potential.gauss_newton(theta, scaled) - scaled * potential.precision) * (scale * root)
+
+    if dim <= DENSE_DIM and dim * dim * potential.rows <= DENSE_WORK:
+        values = torch.linalg.eigvalsh(_dense(whitened, theta)).clamp_min(0)
+        return float((values / (1 + values)).sum()), float(values.log1p().sum())
+    probes, steps = (1, 8) if dim > 1_000_000 else (6, 30)
+    totals = np.zeros(2)
+    for _ in range(probes):
+        signs = torch.as_tensor(rng.integers(0, 2, dim) * 2.0 - 1.0, dtype=theta.dtype, device=theta.device)
+        values, weights = _lanczos_quadrature(lambda v: whitened(v[None])[0], signs / dim**0.5, steps)
+        totals += [(weights * values / (1 + values)).sum(), (weights * np.log1p(values)).sum()]
+    gamma, volume = dim * totals / probes
+    return float(gamma), float(volume)
 
 
 def power_iteration(
@@ -124,12 +152,6 @@ def _dense(product: Product, theta: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _dense_gamma(data: Tensor, precision: Tensor) -> float:
-    root = precision.rsqrt()
-    values = torch.linalg.eigvalsh(root[:, None] * data * root[None, :]).clamp_min(0)
-    return float((values / (1 + values)).sum())
-
-
 def _leading(product: Product, theta: Tensor, pairs: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
     """Leading eigenpairs by Lanczos; what has not converged is left out, since the certificate covers the rest."""
     dim = theta.numel()
@@ -140,11 +162,11 @@ def _leading(product: Product, theta: Tensor, pairs: int, rng: np.random.Generat
         rows = torch.as_tensor(vector.reshape(1, -1), dtype=theta.dtype, device=theta.device)
         return product(rows)[0].double().cpu().numpy()
 
-    operator = LinearOperator((dim, dim), matvec=matvec, dtype=np.float64)
+    operator = LinearOperator((dim, dim), matvec=matvec, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     start = rng.standard_normal(dim)
     try:
         basis = min(dim, 2 * pairs + 20)
-        values, vectors = eigsh(operator, k=pairs, which="LA", v0=start, ncv=basis, tol=1e-3, maxiter=12)
+        values, vectors = eigsh(operator, k=pairs, which="LA", v0=start, ncv=basis, tol=1e-3, maxiter=12)  # pyright: ignore[reportArgumentType]
     except ArpackNoConvergence as partial:
         values, vectors = partial.eigenvalues, partial.eigenvectors
     keep = np.argsort(values)[::-1]
@@ -162,18 +184,10 @@ def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
     return vectors - (vectors @ basis.T) @ basis
 
 
-def _stochastic_gamma(data: Product, precision: Tensor, like: Tensor, rng: np.random.Generator, probes: int) -> float:
-    """tr[A (1 + A)^-1], A = alpha^-1/2 H_data alpha^-1/2, by Lanczos quadrature with random signs."""
-    root, dim, total = precision.rsqrt(), like.numel(), 0.0
-    steps = 30 if dim <= 1_000_000 else 8
-    for _ in range(probes):
-        signs = torch.as_tensor(rng.integers(0, 2, dim) * 2.0 - 1.0, dtype=like.dtype, device=like.device)
-        total += _lanczos_quadrature(lambda v: root * data((root * v)[None])[0], signs / dim**0.5, steps)
-    return dim * total / probes
-
-
-def _lanczos_quadrature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> float:
-    """v' f(A) v for a unit v and f(a) = a / (1 + a), with full reorthogonalisation."""
+def _lanczos_quadrature(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights with v' f(A) v = sum w f(a) for a unit v, with full reorthogonalisation."""
     basis, diagonal, off = [start], [], []
     for _ in range(steps):
         image = product(basis[-1])
@@ -188,5 +202,4 @@ def _lanczos_quadrature(product: Callable[[Tensor], Tensor], start: Tensor, step
     size = len(diagonal)
     matrix = np.diag(diagonal) + np.diag(off[: size - 1], 1) + np.diag(off[: size - 1], -1)
     values, vectors = np.linalg.eigh(matrix)
-    values = values.clip(min=0)
-    return float((vectors[0] ** 2 * values / (1 + values)).sum())
+    return values.clip(min=0), vectors[0] ** 2

@@ -94,20 +94,20 @@ class Potential:
         total = vectors * self.precision
         for x, y in self._batches():
             slope = grad(lambda t, x=x, y=y: self._nll(t, x, y))
-            total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=8)(vectors)
+            total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=32)(vectors)
         return total
 
     def gauss_newton(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """Gauss-Newton matrix of U times vectors: (J' Lambda J + diag alpha) v; (D,), (k, D) -> (k, D)."""
         total = vectors * self.precision
         for x, _ in self._batches():
-            outputs, pull = vjp(lambda t, x=x: self.network.outputs(t, x), theta)
+            outputs, pull = vjp(lambda t, x=x: self.network.outputs(t, x), theta)  # pyright: ignore[reportAssignmentType]
 
             def product(v: Tensor, x: Tree = x, outputs: Tensor = outputs, pull: Callable = pull) -> Tensor:
                 tangent = jvp(lambda t: self.network.outputs(t, x), (theta,), (v,))[1]
                 return pull(self.likelihood.curvature_product(outputs, tangent))[0]
 
-            total += vmap(product, chunk_size=8)(vectors)
+            total += vmap(product, chunk_size=32)(vectors)
         return total
 
     def _nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 r"""Fiber walks: particles that drift in one fixed direction and are pulled back by the gradient.
 
-$$\theta \leftarrow \theta + \tfrac{L}{T} d, \quad m \leftarrow \mu m - \eta P \nabla U(\theta), \quad \theta \leftarrow \theta + m$$
+$$\theta \leftarrow \theta + \tfrac{L}{T} d, \; m \leftarrow \mu m - \eta P \nabla U(\theta), \; \theta \leftarrow \theta + m$$
 
 With $\mu = 0$ and $P = I$ this is the sampling stage of Reichlin et al. 2025 (arXiv 2512.01500). Deflation ($P$),
 momentum ($\mu$), the guard and the tilt are ours. Positions of all walks of a shard are advanced together, in place,
@@ -151,7 +151,7 @@ def tilt_vector(potential: Potential, theta_star: Tensor, xi: Tensor, noise: Ten
 
     def pull(first: int, last: int) -> Tensor:
         x = slice_rows(potential.x, first, last)
-        outputs, back = torch.func.vjp(lambda t: potential.network.outputs(t, x), theta_star)
+        outputs, back = torch.func.vjp(lambda t: potential.network.outputs(t, x), theta_star)  # pyright: ignore[reportAssignmentType]
         return back(potential.likelihood.curvature_root(outputs, noise[first:last]))[0]
 
     size = potential.row_batch

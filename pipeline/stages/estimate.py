@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,19 +15,15 @@ from pipeline.bayes.curvature import Curvature, measure
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential, prior_precision
-from pipeline.bayes.trees import to_tensors
-from pipeline.build import WIDE, build_network, build_potential, curvature_bytes, start_folder, targets
+from pipeline.build import WIDE, build_network, build_potential, curvature_bytes, start_folder
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
 from pipeline.executor import Executor
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.stages.scale import Scale, choose_scale, noise_of
 
-NOISE_ROUNDS = 8
-"""Most rounds of re-estimating noise or prior; each starts at the last minimum."""
-PRECISIONS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Prior precisions that `auto` tries where validation rows decide."""
 QUASI_NEWTON_STEPS = 1500
 BATCH_ABOVE = 1500
 """With `map.batch_size: full`, first-order steps still take minibatches of `BATCH` above this many rows."""
@@ -120,49 +115,33 @@ def check_weights(run: Run) -> None:
             "prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it."
         )
     theta = network.theta()
-    noise = _noise_of(run, network, theta, 0.0) if likelihood_kind(run.config) == "gaussian" else None
+    noise = noise_of(run, network, theta) if likelihood_kind(run.config) == "gaussian" else None
     minimum = certify(build_potential(run, network, noise, precision), theta, 0)
     allowed = run.config.map.tolerance * max(1.0, min(network.dim, len(run.dataset.train.y)))
     if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
         raise InputError(
             f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm "
-            f"{minimum.grad_norm:.3g} (map.tolerance {run.config.map.tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats "
-            f"(allowed {allowed:.3g}). Set map.polish: true to go on to the minimum, or state the prior.precision and "
-            "likelihood that they were trained with."
+            f"{minimum.grad_norm:.3g} (map.tolerance {run.config.map.tolerance:g}), and U can still fall by "
+            f"about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Set map.polish: true to go on to "
+            "the minimum, or state the prior.precision and likelihood that they were trained with."
         )
 
 
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
-    """Minimise U; where noise or prior are to be estimated, in rounds that start at the last minimum."""
+    """Minimise U, and before it choose noise and prior where the configuration leaves them open."""
     config = run.config
     gaussian = likelihood_kind(config) == "gaussian"
-    auto = config.prior.precision == "auto" and settings.precision is None
-    noise = settings.noise_std or config.likelihood.noise_std or (0.5 if gaussian else None)
+    noise = settings.noise_std or config.likelihood.noise_std or (1.0 if gaussian else None)
     precision = settings.precision or (1.0 if config.prior.precision == "auto" else config.prior.precision)
-    free_noise = gaussian and config.likelihood.noise_std is None and settings.noise_std is None
-    theta, how = network.theta(), settings.how if settings.precision else "as configured"
+    theta = network.theta()
     if config.model.weights is None:
         theta = _first_steps(run, build_potential(run, network, noise, precision), theta, settings.start)
-    if auto and not gaussian and len(run.dataset.validation.y):
-        precision = _best_precision(run, network, noise, theta)
-        how = "best validation NLL of the MAP over a grid"
-        auto = False
-    for _ in range(NOISE_ROUNDS if auto or free_noise else 1):
-        potential = build_potential(run, network, noise, precision)
-        minimum = _descend(run, potential, theta, last=not (auto or free_noise))
-        theta = minimum.theta
-        if not (auto or free_noise):
-            break
-        gamma = measure(potential, theta, 0, stream(config.seed, "gamma", settings.start)).gamma
-        before = (noise, precision)
-        if free_noise:
-            noise = _noise_of(run, network, theta, gamma)
-        if auto:
-            precision, how = _evidence_precision(gamma, theta), "Laplace marginal likelihood, alpha = gamma / |theta|^2"
-        if all(_close(a, b) for a, b in zip(before, (noise, precision), strict=True)):
-            break
-    potential = build_potential(run, network, noise, precision)
-    return potential, _descend(run, potential, theta, last=True), noise, precision, how
+    point = Scale(theta, noise, precision, settings.how)
+    if settings.precision is None:
+        free_noise = gaussian and config.likelihood.noise_std is None
+        point = choose_scale(run, network, point, free_noise, config.prior.precision == "auto", _descend)
+    potential = build_potential(run, network, point.noise_std, point.precision)
+    return potential, _descend(run, potential, point.theta, last=True), point.noise_std, point.precision, point.how
 
 
 def _first_steps(run: Run, potential: Potential, theta: Tensor, start: int) -> Tensor:
@@ -181,36 +160,6 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     return certify(potential, theta, 0)
 
 
-def _noise_of(run: Run, network: Network, theta: Tensor, gamma: float) -> float:
-    """sigma^2 = residual sum of squares / (N - gamma) (MacKay 1992); gamma at most nine tenths of N."""
-    if run.config.likelihood.noise_std is not None:
-        return run.config.likelihood.noise_std
-    unit = build_potential(run, network, 1.0, 1.0)
-    squares = 2 * float(unit.nll(theta[None])[0]) - unit.rows * math.log(2 * math.pi)
-    return math.sqrt(max(squares / (unit.rows - min(gamma, 0.9 * unit.rows)), 1e-8))
-
-
-def _evidence_precision(gamma: float, theta: Tensor) -> float:
-    """MacKay's fixed point of the Laplace marginal likelihood, within [1e-4, 1e4]."""
-    return min(max(gamma / float(theta.square().sum()), 1e-4), 1e4)
-
-
-def _best_precision(run: Run, network: Network, noise: float | None, theta: Tensor) -> float:
-    """The precision whose MAP, refitted from the last one, has the lowest validation NLL."""
-    x = to_tensors(run.dataset.validation.x, network.dtype, network.device)
-    y = targets(run.dataset.validation, network)
-    scores: dict[float, float] = {}
-    for precision in reversed(PRECISIONS):
-        potential = build_potential(run, network, noise, precision)
-        theta = _descend(run, potential, theta, last=False).theta
-        scores[precision] = float(potential.likelihood.nll(network.outputs(theta, x), y).mean())
-    return min(scores, key=lambda p: scores[p])
-
-
-def _close(a: Any, b: Any) -> bool:
-    return a == b or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 0.01 * abs(b))
-
-
 def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) -> None:
     tolerance = run.config.map.tolerance
     allowed = tolerance * max(1.0, curvature.gamma)
@@ -218,8 +167,9 @@ def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) 
         return
     raise RunError(
         f"MAP estimate {start} is not at a minimum: gradient norm {minimum.grad_norm:.3g} (map.tolerance "
-        f"{tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Raise map.steps "
-        f"(now {run.config.map.steps}), change map.learning_rate (now {run.config.map.learning_rate:g}), or raise "
+        f"{tolerance:g}), and U can still fall by about {minimum.decrement:.3g} nats "
+        f"(allowed {allowed:.3g}). Raise map.steps (now {run.config.map.steps}), "
+        f"change map.learning_rate (now {run.config.map.learning_rate:g}), or raise "
         "map.tolerance if so much does not matter."
     )
 

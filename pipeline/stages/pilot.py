@@ -29,8 +29,6 @@ FIRST_LENGTH = 2.0
 LONGEST = 512.0
 WORSE = 0.02
 """A validation NLL is clearly past its best when it is this much higher, relative to 0.5 + the best, in nats a row."""
-MARGIN = 1.3
-"""Length over the radius where the rise passes gamma / 2, so that the choice made later lies inside."""
 MOST_STEPS = 800
 GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
@@ -69,16 +67,12 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
     for candidate in _candidates(run, plan, problem):
         trials += _double(run, candidate, problem) if automatic else [_try(run, candidate, problem)]
     best = min(trials, key=lambda trial: trial.score) if uses_validation(run) else trials[-1]
-    length = plan.length
-    if automatic:
-        length = best.plan.length if uses_validation(run) else min(MARGIN * best.radius, best.plan.length)
-    spent = len(trials) * WALKS * plan.steps
-    chosen, steps = dataclasses.replace(best.plan, length=length), plan.steps
+    spent, steps = len(trials) * WALKS * plan.steps, plan.steps
     if run.config.walk.steps == "auto":
-        steps, cost = _settle_steps(run, chosen, problem, best.radius)
+        steps, cost = _settle_steps(run, best.plan, problem, best.radius)
         spent += cost
     rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
-    yield Choice(chosen.correction, length, steps, best.radius, rule, best.curve, spent)
+    yield Choice(best.plan.correction, best.plan.length, steps, best.radius, rule, best.curve, spent)
 
 
 def _candidates(run: Run, plan: WalkPlan, problem: Problem) -> list[WalkPlan]:
@@ -173,7 +167,7 @@ def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]
             curve.append(
                 {
                     "radius": float(state.drifts.double().mean()) * plan.length / plan.steps,
-                    "nll_rise": float(state.nll.mean()) - kernel.nll_star,
+                    "nll_rise": float(state.nll[~state.diverged].median()) - kernel.nll_star,
                     "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else float("nan"),
                 }
             )
