@@ -130,7 +130,7 @@ class LocalCluster:
             f"--object-store-memory={128 << 20}",
         ]
         number = len(self.nodes)
-        # A folder each, as on machines of their own: a node removes the files of a job in which it has no part any more.
+        # A folder each, as on machines of their own: a node removes the files of a job when it has no part in it.
         own = [f"--dashboard-agent-listen-port={self.ports.agent + number}", f"--temp-dir={self.folder}/{number}"]
         # The nodes must find this environment's python first, whatever the shell has.
         path = f"{ray.parent}{os.pathsep}{os.environ.get('PATH', '')}"

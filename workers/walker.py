@@ -35,8 +35,10 @@ class Walker:
     def __init__(self, run: Run, threads: int):
         import torch
 
+        from workers.metrics import WalkMetrics
+
         torch.set_num_threads(threads)
-        self._run = run
+        self._run, self._metrics = run, WalkMetrics(run.config.run_id)
 
     @ray.method
     def ready(self) -> None:
@@ -45,7 +47,9 @@ class Walker:
     @ray.method(num_returns="streaming")
     def stream(self, function: Callable[[Run, Any], Iterator[Any]], item: Any) -> Iterator[Any]:
         """Yield what the function yields; safe to call again after a crash."""
-        yield from function(self._run, item)
+        for event in function(self._run, item):
+            self._metrics.observe(event)
+            yield event
 
 
 @dataclass
