@@ -58,7 +58,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
-    """A worker function whose second worker dies by SIGKILL after its second checkpoint, the first time round."""
+    """A worker function whose second worker dies by SIGKILL after its first checkpoint, the first time round."""
 
     def worker(config: dict[str, Any]) -> None:
         from workers import trainer
@@ -69,7 +69,7 @@ def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
             def save(self, step: int, tensors: dict, facts: dict) -> None:
                 super().save(step, tensors, facts)
                 self.saves += 1
-                if self.rank == 1 and self.saves == 2 and not (marks / "killed").exists():
+                if self.rank == 1 and self.saves == 1 and not (marks / "killed").exists():
                     time.sleep(5)  # Ray Train hears of a checkpoint when it next asks its workers
                     (marks / "killed").touch()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -104,7 +104,7 @@ def disturbed(ray_cluster: None, walked: Run, tmp_path_factory: pytest.TempPathF
 def test_two_workers_one_of_them_killed_learn_what_one_process_learns(
     walked: Run, disturbed: Run, tmp_path: Path
 ) -> None:
-    """The linear cores are the same sums, whoever adds them up; the trained remainder depends on the number of workers."""
+    """The linear cores are the same sums, whoever adds them up; the remainder depends on the number of workers."""
     serial = copy(walked, tmp_path)
     deform(serial, train_in_process, LogProgress())
     for name in ("heldout_error_linear", "heldout_error_outside_basis", "basis_captures", "walk_potential_rise"):

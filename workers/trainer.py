@@ -78,7 +78,7 @@ def train_worker(config: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")
         run, job = cast(Run, ray.get(config["run"])), cast(FitJob, config["job"])
         context = ray.train.get_context()
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
         fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
         ray.train.report({"done": True})
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -110,6 +109,4 @@ class SerialTeam:
 
 def train_in_process(run: Run, job: FitJob) -> None:
     """The serial reference of a trainer."""
-    threads = torch.get_num_threads()
     fit(run, job, SerialTeam(run, job))
-    torch.set_num_threads(threads)

@@ -18,8 +18,6 @@ from pipeline.run import Run
 
 FRESH = 32
 """Fresh directions of a step for the likelihood term, over all workers, at most."""
-POOL, POOL_BYTES = 4096, 128 << 20
-"""Directions of the pool, at most, and bytes of it."""
 TERM_ROWS = 512
 """Training rows that the likelihood term looks at in one step, at most."""
 TERM_WORK = 4e9
@@ -38,8 +36,6 @@ class Term:
         self._seed, self.walk_rise = run.config.seed, max(walk_rise, 1e-6)
         self.count = max(1, min(FRESH, int(TERM_WORK / 1000 / problem.network.dim)) // team.size)
         self._star = problem.theta_star.detach()[None]
-        self._pool: tuple[Tensor, Tensor] | None = None
-        self._pool_size = min(POOL, POOL_BYTES // (8 * problem.network.dim))
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Fresh directions (n, D) and their inputs (n, p)."""
@@ -49,14 +45,8 @@ class Term:
             return directions, self.model.chain.inputs(directions, self.model.radius)
 
     def directions(self, step: int) -> tuple[Tensor, Tensor]:
-        """Those of one training step: from a pool, where a pool of some size fits, so that inputs are computed once."""
-        if self._pool_size < 16 * self.count:
-            return self.draws("deform-fresh", step, self.count)
-        if self._pool is None:
-            self._pool = self.draws("deform-pool", 0, self._pool_size)
-        rng = stream(self._seed, "deform-fresh", self._job.start, step, self._team.rank)
-        index = torch.from_numpy(rng.choice(self._pool_size, self.count, replace=False))
-        return self._pool[0][index], self._pool[1][index]
+        """Those of one training step. Never used again: a pool of 4096 was learned by heart."""
+        return self.draws("deform-fresh", step, self.count)
 
     def pull(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, float]:
         """Surrogate whose gradient is that of log(rise / walks' rise), and the ratio itself."""
