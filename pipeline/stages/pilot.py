@@ -34,6 +34,10 @@ GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
 
 
+EQUAL = 0.002
+"""Scores that differ by less, on the same scale, are taken as equal."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a pilot found; small enough to travel."""
@@ -66,7 +70,7 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
     trials: list[_Trial] = []
     for candidate in _candidates(run, plan, problem):
         trials += _double(run, candidate, problem) if automatic else [_try(run, candidate, problem)]
-    best = min(trials, key=lambda trial: trial.score) if uses_validation(run) else trials[-1]
+    best = _shortest_of_the_best(trials) if uses_validation(run) else trials[-1]
     spent, steps = len(trials) * WALKS * plan.steps, plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best.plan, problem, best.radius)
@@ -94,6 +98,12 @@ class _Trial:
     past: bool
     """Whether the curve is past its best at its end."""
     curve: list[dict[str, float]]
+
+
+def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:
+    """The first trial that is as good as the best: where the curve is flat, a longer walk only costs."""
+    best = min(trial.score for trial in trials)
+    return next(trial for trial in trials if trial.score <= best + EQUAL * (0.5 + best))
 
 
 def _double(run: Run, plan: WalkPlan, problem: Problem) -> Iterator[_Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +40,8 @@ METRICS = {
         "nll_per_draw": "NLL of a draw",
     },
 }
+PAGE_ONLY = ("ece_adaptive", "width", "nll_per_draw")
+"""Metrics that the report shows and the terminal, 80 columns wide, does not."""
 ARROWS = {"accuracy": "↑", "coverage": "", "width": "", "nll_per_draw": ""}
 
 
@@ -84,15 +87,15 @@ def evaluation_table(evaluation: dict[str, Any]) -> Group:
         f"{rows['test']} test rows, {evaluation['draws']} draws, radius {evaluation['radius']:.4g}; ± standard error. "
         "Green and bold: better than every other beyond two standard errors; underlined: not told apart from the best."
     )
-    table = Table(title=evaluation["run_id"], caption=caption, caption_justify="left", title_justify="left")
+    table = Table(title=evaluation["run_id"], caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.caption_justify = table.title_justify = "left"
     table.add_column("method", no_wrap=True)
-    for metric, name in metric_titles(evaluation).items():
-        table.add_column(f"{name} {ARROWS.get(metric, '↓')}".strip(), justify="right")
+    shown = {metric: name for metric, name in metric_titles(evaluation).items() if metric not in PAGE_ONLY}
+    for metric, name in shown.items():
+        table.add_column(f"{name} {ARROWS.get(metric, '↓')}".strip(), justify="right", no_wrap=True)
     styles = {"best": "bold green", "tied": "underline", "": ""}
     for method, scores in ordered(evaluation["methods"]).items():
-        cells = [
-            Text(number(scores.get(m)), style=styles[mark(evaluation, m, method)]) for m in metric_titles(evaluation)
-        ]
+        cells = [Text(number(scores.get(m)), style=styles[mark(evaluation, m, method)]) for m in shown]
         table.add_row(title(method), *cells)
     return Group(table, Text(verdict(evaluation)), Text(against_best(evaluation)))
 
