@@ -1,16 +1,10 @@
-"""One sample block as one Parquet object: rows ordered by record, then walk; checksums over everything in it.
-
-The last field of the footer is a CRC-32 of the whole object with that field zeroed, so that a flip of any byte is
-found, in data, page headers and footer alike. The field has a fixed length and is filled in after the rest is written.
-"""
+"""One sample block as one Parquet object: rows ordered by record, then walk; checksums over everything in it."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -20,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.plan import BlockKey, WalkPlan
+from pipeline.seal import OPEN_SEAL, BrokenBlock, Sealing
 
 SCHEMA_VERSION = "1"
 ROW_GROUP_BYTES = 16 * 2**20
@@ -37,12 +32,6 @@ NUMBERS = {
 }
 """Columns of one number a row, in the order of the file."""
 SMALL = [*NUMBERS, "status"]
-_SEAL = b"fiberwalk.crc32"
-_EMPTY = b"crc32:00000000"
-
-
-class BrokenBlock(Exception):
-    """A stored block is not what was written. The message says what is wrong with it."""
 
 
 def _none() -> np.ndarray:
@@ -129,29 +118,27 @@ def write_block(file: BinaryIO, block: SampleBlock, plan: WalkPlan, run_id: str)
     _check_shape(block, plan)
     schema = arrow_schema(plan, block.momentum is not None)
     theta = np.ascontiguousarray(block.theta, dtype=plan.dtype)
-    sealed = _Sealing(file)
     stamp = {
-        b"fiberwalk.schema": SCHEMA_VERSION,
-        b"fiberwalk.run_id": run_id,
-        b"fiberwalk.plan": plan_digest(plan),
-        b"fiberwalk.parameters": json.dumps(plan.parameters),
+        "fiberwalk.schema": SCHEMA_VERSION,
+        "fiberwalk.run_id": run_id,
+        "fiberwalk.plan": plan_digest(plan),
+        "fiberwalk.parameters": json.dumps(plan.parameters),
     }
     options: dict[str, Any] = {
         "compression": "none",
         "use_dictionary": False,
         "write_statistics": SMALL,
         "write_page_checksum": True,
-        "data_page_size": ROW_GROUP_BYTES,
     }
     # The digest needs the whole of theta and is needed last: it is taken beside the writing.
-    with ThreadPoolExecutor(1) as pool, pq.ParquetWriter(pa.PythonFile(sealed, "w"), schema, **options) as writer:
+    with ThreadPoolExecutor(1) as pool, Sealing(file) as sealed:
         digest = pool.submit(lambda: hashlib.sha256(theta.data).hexdigest())
-        group = rows_per_group(plan, block.momentum is not None)
-        for first in range(0, len(theta), group):
-            batch = _batch(block, theta, schema, slice(first, min(first + group, len(theta))))
-            writer.write_batch(batch, row_group_size=group)
-        writer.add_key_value_metadata({**stamp, b"fiberwalk.digest": digest.result(), _SEAL: _EMPTY})
-    _seal(file, sealed.crc)
+        with pq.ParquetWriter(pa.PythonFile(sealed, "w"), schema, **options) as writer:
+            group = rows_per_group(plan, block.momentum is not None)
+            for first in range(0, len(theta), group):
+                batch = _batch(block, theta, schema, slice(first, min(first + group, len(theta))))
+                writer.write_batch(batch, row_group_size=group)
+            writer.add_key_value_metadata({**stamp, "fiberwalk.digest": digest.result(), **OPEN_SEAL})
 
 
 def _check_shape(block: SampleBlock, plan: WalkPlan) -> None:
@@ -190,98 +177,6 @@ def _momentum(momentum: np.ndarray, total: int, rows: slice) -> pa.Array:
     lengths = np.where(numbers >= 0, dim, 0)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
     return pa.LargeListArray.from_arrays(offsets, pa.array(kept.reshape(-1)), mask=pa.array(numbers < 0))
-
-
-class _Sealing(io.RawIOBase):
-    """Passes bytes on and keeps their CRC-32."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.crc, self._count = file, 0, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._count
-
-    def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        self._file.write(data)
-        self._count += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        """Leave the file underneath open: it still has to be sealed."""
-
-
-def _footer(tail: bytes) -> bytes:
-    """Return the footer out of the last bytes of an object; raises BrokenBlock."""
-    if len(tail) < 12 or tail[-4:] != b"PAR1":
-        raise BrokenBlock("truncated: it does not end like a Parquet file")
-    length = int.from_bytes(tail[-8:-4], "little")
-    if length + 12 > len(tail):
-        raise BrokenBlock("truncated or overwritten: its footer is longer than the object")
-    return tail[-8 - length :]
-
-
-def _seal_place(footer: bytes) -> int:
-    """Return where in the footer the checksum stands."""
-    place = footer.rfind(_SEAL)
-    place = footer.find(b"crc32:", place) if place >= 0 else -1
-    if place < 0:
-        raise BrokenBlock("no checksum: not written by fiberwalk, or damaged in its footer")
-    return place
-
-
-def _seal(file: BinaryIO, crc: int) -> None:
-    size = file.seek(0, io.SEEK_END)
-    file.seek(-8, io.SEEK_END)
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(size - 8 - length)
-    place = size - 8 - length + _seal_place(file.read())
-    file.seek(place)
-    file.write(f"crc32:{crc:08x}".encode())
-    file.seek(0, io.SEEK_END)
-
-
-def check_seal(file: BinaryIO) -> None:
-    """Read a whole object once and compare it with its own checksum, in constant memory.
-
-    Raises:
-        BrokenBlock: Any byte differs from what was written, or bytes are missing.
-    """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - 8))
-    end = file.read()
-    length = int.from_bytes(end[:4], "little") + 8
-    file.seek(max(0, size - min(length, size) - 4))
-    footer = _footer(file.read())
-    place = size - len(footer) + _seal_place(footer)
-    file.seek(place)
-    stored = file.read(len(_EMPTY))
-    crc = 0
-    for start, data in _pieces(file, size):
-        low, high = place - start, place - start + len(_EMPTY)
-        if high > 0 and low < len(data):
-            mutable = bytearray(data)
-            mutable[max(0, low) : high] = _EMPTY[max(0, -low) : len(data) - low]
-            data = mutable
-        crc = zlib.crc32(data, crc)
-    if stored != f"crc32:{crc:08x}".encode():
-        raise BrokenBlock(
-            f"corrupted: its bytes give crc32:{crc:08x}, it was written with {stored.decode('ascii', 'replace')}"
-        )
-
-
-def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
-    file.seek(0)
-    start = 0
-    while start < size:
-        data = file.read(min(ROW_GROUP_BYTES, size - start))
-        if not data:
-            raise BrokenBlock("truncated while it was read")
-        yield start, data
-        start += len(data)
 
 
 def read_stamp(metadata: Any) -> Stamp:

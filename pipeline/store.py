@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from pipeline.blocks import (
     SCHEMA_VERSION,
     SMALL,
-    BrokenBlock,
     SampleBlock,
     Stamp,
     arrow_schema,
@@ -27,6 +26,7 @@ from pipeline.blocks import (
 )
 from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey, WalkPlan
+from pipeline.seal import BrokenBlock
 from pipeline.storage import Entry, Storage
 
 __all__ = ["Points", "SampleBlock", "SampleStore", "parse_path"]

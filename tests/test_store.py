@@ -12,9 +12,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.blocks import BrokenBlock, check_seal, rows_per_group, write_block
+from pipeline.blocks import rows_per_group, write_block
 from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey
+from pipeline.seal import BrokenBlock, check_seal
 from pipeline.store import SampleBlock, SampleStore, parse_path
 from tests.blocks import keys, make_block, make_plan, make_store
 

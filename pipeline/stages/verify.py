@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.blocks import SMALL, STATUSES, BrokenBlock, arrow_schema, check_seal, read_stamp
+from pipeline.blocks import SMALL, STATUSES, arrow_schema, read_stamp
 from pipeline.errors import InputError
 from pipeline.plan import BlockKey, WalkPlan
+from pipeline.seal import BrokenBlock, check_seal
 from pipeline.storage import Entry, Storage
 from pipeline.store import SampleStore, differences, parse_path
 
