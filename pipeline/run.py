@@ -48,8 +48,8 @@ def claim(run: Run) -> None:
     Raises:
         InputError: The run exists with another configuration, other data or another schema; nothing is written.
     """
+    run.storage.check_writable()  # first, because it says best what is wrong with a place
     _refuse_foreign(run)
-    run.storage.check_writable()
     run.storage.create_json("run.json", describe(run))
     run.storage.create("config.yaml", run.config.to_yaml().encode())
     _refuse_foreign(run)  # another driver may have been first

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.stages.export_read import Points, Selection, read, select
+from pipeline.stages.export_read import Points, Selection, State, read, select
 from pipeline.stages.output import target
 from pipeline.store import SampleStore
 
@@ -110,7 +110,7 @@ def _writer(
     path: Path,
     selection: Selection,
     attributes: dict[str, Any],
-    state: Callable[[np.ndarray], dict[str, np.ndarray]] | None,
+    state: State | None,
 ) -> Writer:
     from pipeline.stages import export_arrays, export_tables
 
@@ -127,19 +127,23 @@ def _writer(
     return make(path, selection, attributes, state)
 
 
-def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Return a function from a position to the network's state dict, or to the chosen parameters if not all are."""
+def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
+    """Return a function from a position and its start to the state dict, or to the chosen parameters if not all are.
+
+    What is not walked (frozen parameters, buffers) belongs to the start.
+    """
     import torch
 
     from pipeline.build import load_network
     from pipeline.run import load_run
 
-    network, _ = load_network(load_run(run_uri, trust_code=trust_code), 0, getattr(torch, selection.dtype))
+    run, dtype = load_run(run_uri, trust_code=trust_code), getattr(torch, selection.dtype)
+    networks = {start: load_network(run, start, dtype)[0] for start in sorted(set(selection.starts.tolist()))}
     chosen = {parameter.name for parameter in selection.parameters}
-    complete = len(chosen) == len(network.layout.names)
+    complete = len(chosen) == len(next(iter(networks.values())).layout.names)
 
-    def state(theta: np.ndarray) -> dict[str, np.ndarray]:
-        tensors = network.state_dict(torch.from_numpy(np.array(theta)))
+    def state(theta: np.ndarray, start: int) -> dict[str, np.ndarray]:
+        tensors = networks[start].state_dict(torch.from_numpy(np.array(theta)))
         return {name: value.numpy() for name, value in tensors.items() if complete or name in chosen}
 
     return state

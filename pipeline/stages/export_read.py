@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ STATS = {
     "distance": "float32",
 }
 """Exported beside the parameters, one a point; potential and nll in nats, radius and distance in units of theta."""
+
+
+State = Callable[[np.ndarray, int], dict[str, np.ndarray]]
+"""State dict of the network at a position (D,) of a walk from a start."""
 
 
 @dataclass(frozen=True)

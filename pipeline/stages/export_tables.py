@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.stages.export_read import STATS, Points, Selection, variable_names
+from pipeline.errors import InputError
+from pipeline.stages.export_read import STATS, Points, Selection, State, variable_names
 
 ROW_GROUP_BYTES = 16 * 2**20
-State = Callable[[np.ndarray], dict[str, np.ndarray]]
-"""Complete state dict of the network at one position, (D,)."""
 
 
 class ParquetExport:
@@ -91,7 +89,7 @@ class SafetensorsFolder:
             about = {name: str(values[row]) for name, values in points.stats.items()}
             about["walk"] = str(self._selection.walks[chain])
             name = f"walk={self._selection.walks[chain]:06d}-step={points.stats['step'][row]:06d}.safetensors"
-            state = self._state(points.theta[row])
+            state = self._state(points.theta[row], int(self._selection.starts[chain]))
             with open(self._path / name, "wb") as file:
                 layout = {key: (str(value.dtype), value.shape) for key, value in state.items()}
                 write_safetensors(file, layout, {**self._metadata, **about})
@@ -110,7 +108,14 @@ class SafetensorsStacked:
         walked = {parameter.name: parameter for parameter in selection.parameters}
         count = selection.chains * selection.draws
         dim = max(parameter.columns.stop for parameter in selection.parameters)
-        fixed = {name: value for name, value in state(np.zeros(dim, selection.dtype)).items() if name not in walked}
+        fixed: dict[str, np.ndarray] = {}
+        for start in sorted(set(selection.starts.tolist())):
+            for name, value in state(np.zeros(dim, selection.dtype), start).items():
+                if name not in walked and not np.array_equal(fixed.setdefault(name, value), value):
+                    raise InputError(
+                        f"{name} is not walked and differs between starts, so that points cannot be stacked. Export a "
+                        "folder with one file a point instead: --out NAME without .safetensors"
+                    )
         layout = {name: (selection.dtype, (count, *parameter.shape)) for name, parameter in walked.items()}
         layout |= {name: (kind, (count,)) for name, kind in (("walk", "int64"), *STATS.items()) if name not in layout}
         layout |= {name: (str(value.dtype), value.shape) for name, value in fixed.items()}
