@@ -244,7 +244,7 @@ def _principal(team: Team, rows: Tensor) -> tuple[Tensor, Tensor]:
     team.sum([count, total, square])
     mean = total / count.clamp_min(1)
     values, vectors = torch.linalg.eigh(square / count.clamp_min(1) - torch.outer(mean, mean))
-    keep = (values > values[-1].clamp_min(0) * 1e-9) & (values > 0)
+    keep = (values > values[-1].clamp_min(0) * 1e-6) & (values > 0)
     keep[: max(0, len(values) - COMPONENTS)] = False
     # Scaled to unit variance: the ridge and the remainder meet inputs of one size.
     components = vectors[:, keep].flip(1) * values[keep].flip(0).rsqrt()
