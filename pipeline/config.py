@@ -278,6 +278,8 @@ class Config(_Section):
     def run_id(self) -> str:
         """Name and eight hexadecimal digits of the hash of all that fixes the numbers."""
         settings = self.model_dump(mode="json", exclude={"storage", "cluster"})
+        if isinstance(self.prior.precision, dict):  # the first expression found counts, so that their order does too
+            settings["prior"]["precision"] = list(self.prior.precision.items())
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

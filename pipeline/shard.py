@@ -108,10 +108,10 @@ def resume(kernel: WalkKernel, plan: WalkPlan, store: SampleStore, shard: Shard,
         return state
     block = store.read_last(BlockKey(shard.index, number - 1))
     last = slice(len(block.step) - shard.walks, None)
-    theta = torch.as_tensor(np.ascontiguousarray(block.theta[last])).to(state.position)
+    theta = torch.as_tensor(np.array(block.theta[last])).to(state.position)
     state.position, state.anchor = theta, theta.clone()
     if state.momentum is not None and block.momentum is not None:
-        state.momentum = torch.as_tensor(np.ascontiguousarray(block.momentum)).to(theta)
+        state.momentum = torch.as_tensor(np.array(block.momentum)).to(theta)
     state.step_size = torch.tensor(np.asarray(block.step_size[last]), device=theta.device)
     per_step = plan.length / plan.steps
     drifts = np.rint(np.asarray(block.radius[last], dtype=np.float64) / per_step).astype(np.int64)

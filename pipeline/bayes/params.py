@@ -121,6 +121,5 @@ class Network:
         """Complete state for `load_state_dict`, with theta (D,) in place of the selected parameters."""
         walked = self.layout.split(theta.detach())
         shared = {id(p): walked[n] for n, p in self.module.named_parameters() if n in walked}
-        state = self.module.state_dict(keep_vars=True)
-        tensors = {name: value for name, value in state.items() if value is not None}
-        return {name: shared.get(id(value), value).detach().contiguous() for name, value in tensors.items()}
+        state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
+        return {name: shared.get(id(value), value).detach().contiguous() for name, value in state.items()}

@@ -7,8 +7,9 @@ summed over the rows, in nats; lower is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from re import search
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +24,22 @@ NllGradient = Callable[..., tuple[Tensor, Tensor]]
 """theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the NLL (W,); rows are indices of data rows."""
 
 
-def prior_precision(layout: ParameterLayout, precision: float | Mapping[str, float], dtype: torch.dtype) -> Tensor:
-    """Prior precision of each parameter, (D,): one number, or the first regular expression found in its name.
+def prior_precision(
+    layout: ParameterLayout, precision: float | Mapping[str, float] | Sequence[Sequence[Any]], dtype: torch.dtype
+) -> Tensor:
+    """Prior precision of each parameter, (D,): one number, or that of the first regular expression found in its name.
+
+    Expressions come as a mapping, or as pairs where the order has to survive a format that sorts.
 
     Raises:
         InputError: A parameter matches no expression.
     """
-    if not isinstance(precision, Mapping):
+    if isinstance(precision, (int, float)):
         return torch.full((layout.dim,), float(precision), dtype=dtype)
+    pairs = list(precision.items()) if isinstance(precision, Mapping) else [(p, v) for p, v in precision]
     parts: list[Tensor] = []
     for name, size in zip(layout.names, layout.sizes, strict=True):
-        value = next((v for pattern, v in precision.items() if search(pattern, name)), None)
+        value = next((v for pattern, v in pairs if search(pattern, name)), None)
         if value is None:
             raise InputError(f"prior.precision has no expression that matches '{name}'. Add one, or '.*' as the last.")
         parts.append(torch.full((size,), float(value), dtype=dtype))

@@ -1,6 +1,7 @@
 r"""Fiber walks: particles that drift in one fixed direction and are pulled back by the gradient.
 
-$$\theta \leftarrow \theta + \tfrac{L}{T} d, \; m \leftarrow \mu m - \eta P \nabla U(\theta), \; \theta \leftarrow \theta + m$$
+$$\theta \leftarrow \theta + \tfrac{L}{T} d, \quad m \leftarrow \mu m - \eta P \nabla U(\theta),
+\quad \theta \leftarrow \theta + m$$
 
 With $\mu = 0$ and $P = I$ this is the sampling stage of Reichlin et al. 2025 (arXiv 2512.01500). Deflation ($P$),
 momentum ($\mu$), the guard and the tilt are ours. Positions of all walks of a shard are advanced together, in place,

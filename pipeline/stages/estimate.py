@@ -199,7 +199,7 @@ def _describe(
         "eigenpair_residual": curvature.residual,
         "gamma": curvature.gamma,
         "noise_std": noise,
-        "prior_precision": precision,
+        "prior_precision": [list(pair) for pair in precision.items()] if isinstance(precision, dict) else precision,
         "prior_how": how,
     }
 
