@@ -91,7 +91,7 @@ def build_network(config: Config, schema: DataSchema, start: int, dtype: torch.d
     if config.model.weights is not None:
         load_weights(module, config.model.weights)
     elif x is not None:
-        calibrate_batchnorm(module, slice_rows(x, 0, 1024))
+        calibrate_batchnorm(module, to_tensors(slice_rows(x, 0, 1024), torch.float32))
     return Network(module, config.model.parameters, dtype, device_of(config))
 
 

@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(soft_wrap=True, highlight=False)
+INTERRUPTED = 130
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="Address of a run: what 'fiberwalk run' prints first.")]
@@ -221,17 +222,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         status = app(args=argv, standalone_mode=False, prog_name="fiberwalk")
+        if status == INTERRUPTED:  # the library of the command line turns Ctrl-C into this status, without a word
+            raise KeyboardInterrupt
         return int(status or 0)
     except InputError as error:
         return _say(error, 2)
     except RunError as error:
         return _say(error, 1)
-    except KeyboardInterrupt:
-        return _say("Interrupted. What is committed stays; the same command goes on from there.", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("Interrupted. What is committed stays; the same command goes on from there.", INTERRUPTED)
     except typer.Exit as stop_request:
         return stop_request.exit_code
-    except typer.Abort:
-        return _say("Interrupted. What is committed stays; the same command goes on from there.", 130)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # usage errors of the command line itself
             return _say(f"{error.format_message()} Try 'fiberwalk --help'.", 2)  # pyright: ignore[reportAttributeAccessIssue]

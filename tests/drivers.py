@@ -114,15 +114,6 @@ class Drivers:
 
 
 def _mother() -> None:
-    import pipeline.cli
-    import pipeline.main_job
-    import pipeline.posterior
-    import pipeline.stages.deform
-    import pipeline.stages.estimate
-    import pipeline.stages.evaluate
-    import pipeline.stages.report
-    import pipeline.stages.sample
-    import pipeline.stages.select
     import workers.cluster
     import workers.trainer
     import workers.walker  # noqa: F401

@@ -93,7 +93,7 @@ def test_gamma_of_a_linear_model_is_its_trace():
 def test_the_map_search_finds_the_minimum_and_certifies_what_is_left():
     potential = softmax_classifier(alpha=0.1)
     begun = first_order(potential, potential.network.theta(), 50, 0.01, 16, stream(0, "test"))
-    far, near = certify(potential, begun, 50), certify(potential, quasi_newton(potential, begun, 1e-6, 3000), 0)
+    far, near = certify(potential, begun), certify(potential, quasi_newton(potential, begun, 1e-6, 3000))
     assert near.grad_norm < 1e-6 and near.decrement < 1e-9
     assert far.decrement > 0.1 and far.potential > near.potential
 
@@ -101,7 +101,7 @@ def test_the_map_search_finds_the_minimum_and_certifies_what_is_left():
 def test_the_decrement_of_a_quadratic_is_exact():
     potential = linear_regression(40, 6)
     star = quadratic_minimum(potential)
-    point = certify(potential, star + 0.1, 0)
+    point = certify(potential, star + 0.1)
     fall = potential.value((star + 0.1)[None])[0] - potential.value(star[None])[0]
     assert point.decrement == pytest.approx(float(fall), rel=1e-6)
 

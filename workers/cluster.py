@@ -63,7 +63,7 @@ def _quieten() -> None:
     """
     internals = importlib.import_module("ray._private.worker")
     if hasattr(internals, "print_to_stdstream"):
-        internals.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", data)
+        setattr(internals, "print_to_stdstream", lambda data, ignore_prefix: log.debug("%s", data))  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ class Minimum:
     """Norm of the gradient of U, nats per unit."""
     decrement: float
     """Estimate of how much lower U could still become, g' G^-1 g / 2 with the Gauss-Newton matrix G, in nats."""
-    evaluations: int
-    """Gradients of the whole potential, or their equivalent in rows."""
+    last_fall: float = math.inf
+    """What the last round of descent gained, in nats; infinite if there was only one."""
 
 
 def first_order(
@@ -91,14 +92,14 @@ def quasi_newton(
     return torch.as_tensor(best.x, dtype=theta.dtype, device=theta.device)
 
 
-def certify(potential: Potential, theta: Tensor, evaluations: int) -> Minimum:
+def certify(potential: Potential, theta: Tensor) -> Minimum:
     """Measure the gradient at theta and estimate by conjugate gradients how much lower U could become."""
     gradient, nll = potential.gradient(theta[None])
     prior = float(potential.prior(theta[None])[0])
     steps = 50 if theta.numel() <= QUASI_NEWTON_DIM else 5
     decrement = newton_decrement(lambda v: potential.gauss_newton(theta, v[None])[0], gradient[0], steps)
     value = float(nll[0])
-    return Minimum(theta, value + prior, value, float(gradient[0].norm()), decrement, evaluations)
+    return Minimum(theta, value + prior, value, float(gradient[0].norm()), decrement)
 
 
 def newton_decrement(product: Callable[[Tensor], Tensor], gradient: Tensor, steps: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,12 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.stages.scale import Scale, choose_scale, noise_of
 
-QUASI_NEWTON_STEPS = 1500
+QUASI_NEWTON_STEPS = 3000
+"""Of L-BFGS at most; an eighth of it while noise or prior are being chosen, and for potentials that are slow."""
+SLOW = 2e7
+"""Parameters times rows from which a potential counts as slow."""
+POLISHING = 4
+"""Rounds of small first-order steps and L-BFGS for a network with kinks, where L-BFGS alone gets stuck."""
 BATCH_ABOVE = 1500
 """With `map.batch_size: full`, first-order steps still take minibatches of `BATCH` above this many rows."""
 BATCH = 500
@@ -116,7 +122,7 @@ def check_weights(run: Run) -> None:
         )
     theta = network.theta()
     noise = noise_of(run, network, theta) if likelihood_kind(run.config) == "gaussian" else None
-    minimum = certify(build_potential(run, network, noise, precision), theta, 0)
+    minimum = certify(build_potential(run, network, noise, precision), theta)
     allowed = run.config.map.tolerance * max(1.0, min(network.dim, len(run.dataset.train.y)))
     if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
         raise InputError(
@@ -152,18 +158,42 @@ def _first_steps(run: Run, potential: Potential, theta: Tensor, start: int) -> T
 
 
 def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minimum:
-    """Second-order steps where the network is small enough, then the certificate."""
+    """Second-order steps where the network is small enough, then the certificate.
+
+    A minimum at a kink (ReLU) has no vanishing gradient. So the last descent goes on in rounds until the certificate
+    holds, or until a whole round lowers U by less than the certificate allows.
+    """
     may_move = run.config.model.weights is None or run.config.map.polish
-    if may_move and theta.numel() <= QUASI_NEWTON_DIM:
-        steps = QUASI_NEWTON_STEPS if last else QUASI_NEWTON_STEPS // 3
-        theta = quasi_newton(potential, theta, run.config.map.tolerance, steps, newton=last)
-    return certify(potential, theta, 0)
+    if not may_move or theta.numel() > QUASI_NEWTON_DIM:
+        return certify(potential, theta)
+    slow = theta.numel() * potential.rows > SLOW
+    steps = QUASI_NEWTON_STEPS // (1 if last and not slow else 8)
+    tolerance = run.config.map.tolerance
+    best = certify(potential, quasi_newton(potential, theta, tolerance, steps, newton=last))
+    for round_ in range(POLISHING if last else 0):
+        if _certified(best, tolerance, 1.0):
+            break
+        rate = run.config.map.learning_rate / 10 ** (1 + round_)
+        moved = first_order(potential, best.theta, 300, rate, 0, stream(run.config.seed, "polish", round_))
+        found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False))
+        fall = best.potential - found.potential
+        if fall > 0:
+            best = dataclasses.replace(found, last_fall=fall)
+        else:
+            best = dataclasses.replace(best, last_fall=0.0)
+    return best
+
+
+def _certified(minimum: Minimum, tolerance: float, gamma: float) -> bool:
+    """Whether a point is a minimum: by its gradient, its decrement, or what a whole round of descent still gained."""
+    allowed = tolerance * max(1.0, gamma)
+    return minimum.grad_norm <= tolerance or min(minimum.decrement, minimum.last_fall) <= allowed
 
 
 def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) -> None:
     tolerance = run.config.map.tolerance
     allowed = tolerance * max(1.0, curvature.gamma)
-    if minimum.grad_norm <= tolerance or minimum.decrement <= allowed:
+    if _certified(minimum, tolerance, curvature.gamma):
         return
     raise RunError(
         f"MAP estimate {start} is not at a minimum: gradient norm {minimum.grad_norm:.3g} (map.tolerance "
@@ -192,6 +222,7 @@ def _describe(
         "nll": minimum.nll,
         "grad_norm": minimum.grad_norm,
         "decrement": minimum.decrement,
+        "last_fall": minimum.last_fall if math.isfinite(minimum.last_fall) else None,
         "tolerance": run.config.map.tolerance,
         "lambda_max": curvature.lambda_max,
         "eigenvalues": curvature.values.tolist(),

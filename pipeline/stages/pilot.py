@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Choice:
     steps: int
     best_radius: float
     rule: str
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
     gradient_evaluations: int
 
 
@@ -97,7 +97,7 @@ class _Trial:
     """Validation NLL there; or minus the radius where the rise decides."""
     past: bool
     """Whether the curve is past its best at its end."""
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
 
 
 def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:
@@ -121,9 +121,12 @@ def _double(run: Run, plan: WalkPlan, problem: Problem) -> Iterator[_Trial]:
 def _try(run: Run, plan: WalkPlan, problem: Problem) -> _Trial:
     curve = _curve(run, plan, problem)
     if uses_validation(run):
-        at = min(curve, key=lambda point: point["validation_nll"])
+        scored = [point for point in curve if point["validation_nll"] is not None]
+        if not scored:
+            return _Trial(plan, plan.length, math.inf, True, curve)
+        at = min(scored, key=lambda point: point["validation_nll"])
         score = at["validation_nll"]
-        past = curve[-1]["validation_nll"] > score + 5 * WORSE * (0.5 + score)
+        past = scored[-1]["validation_nll"] > score + 5 * WORSE * (0.5 + score)
         return _Trial(plan, at["radius"], score, past, curve)
     radius = _crossing(curve, problem.info["gamma"] / 2)
     found = plan.length if radius is None else radius
@@ -144,11 +147,11 @@ def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> 
     return plan.steps, spent
 
 
-def _rise_at(curve: list[dict[str, float]], radius: float) -> float:
+def _rise_at(curve: list[dict[str, Any]], radius: float) -> float:
     return min(curve, key=lambda point: abs(point["radius"] - radius))["nll_rise"]
 
 
-def _crossing(curve: list[dict[str, float]], limit: float) -> float | None:
+def _crossing(curve: list[dict[str, Any]], limit: float) -> float | None:
     """Radius at which the mean rise of the NLL passes the limit, None if it never does."""
     before_radius, before_rise = 0.0, 0.0
     for point in curve:
@@ -159,7 +162,7 @@ def _crossing(curve: list[dict[str, float]], limit: float) -> float | None:
     return None
 
 
-def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]:
+def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, Any]]:
     """Walk without storing anything; one point of the curve for each of about `RECORDS` radii."""
     shard = Shard(0, 0, 0, min(WALKS, plan.walks))
     kernel = build_kernel(run, plan, problem, shard)
@@ -167,7 +170,7 @@ def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]
     every = max(plan.steps // RECORDS, 1)
     x = to_tensors(run.dataset.validation.x, problem.network.dtype, problem.network.device)
     y = targets(run.dataset.validation, problem.network)
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     for step in range(1, plan.steps + 1):
         advance(kernel, state)
         if step % every == 0:
@@ -177,19 +180,24 @@ def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, float]]
             curve.append(
                 {
                     "radius": float(state.drifts.double().mean()) * plan.length / plan.steps,
-                    "nll_rise": float(state.nll[~state.diverged].median()) - kernel.nll_star,
-                    "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else float("nan"),
+                    "nll_rise": float(state.nll.median()) - kernel.nll_star,
+                    "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else None,
                 }
             )
     return curve
 
 
-def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float:
+def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float | None:
     """Mean NLL of the model average over walks."""
     prediction: Prediction = problem.likelihood.predict(problem.network.outputs_many(theta, x, chunk=8))
     if prediction.probabilities is not None:
         mean = prediction.probabilities.mean(dim=0)
-        return float(-mean[torch.arange(len(y)), y.long()].clamp_min(1e-30).log().mean())
+        return _finite(float(-mean[torch.arange(len(y)), y.long()].clamp_min(1e-30).log().mean()))
     assert prediction.mean is not None and prediction.variance is not None
     log_density = torch.distributions.Normal(prediction.mean, prediction.variance.sqrt()).log_prob(y)
-    return float(-(log_density.logsumexp(dim=0) - np.log(len(theta))).mean())
+    return _finite(float(-(log_density.logsumexp(dim=0) - math.log(len(theta))).mean()))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities; a radius without a score is not chosen."""
+    return value if math.isfinite(value) else None
