@@ -123,7 +123,7 @@ def check_weights(run: Run) -> None:
     theta = network.theta()
     noise = noise_of(run, network, theta) if likelihood_kind(run.config) == "gaussian" else None
     minimum = certify(build_potential(run, network, noise, precision), theta)
-    allowed = run.config.map.tolerance * max(1.0, min(network.dim, len(run.dataset.train.y)))
+    allowed = allowed_fall(run.config.map.tolerance, min(network.dim, len(run.dataset.train.y)))
     if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
         raise InputError(
             f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm "
@@ -184,15 +184,20 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     return best
 
 
+def allowed_fall(tolerance: float, gamma: float) -> float:
+    """Nats by which U may still fall at a minimum: by default a hundredth of gamma; posterior draws rise gamma / 2."""
+    return tolerance * max(1.0, 10 * gamma)
+
+
 def _certified(minimum: Minimum, tolerance: float, gamma: float) -> bool:
     """Whether a point is a minimum: by its gradient, its decrement, or what a whole round of descent still gained."""
-    allowed = tolerance * max(1.0, gamma)
+    allowed = allowed_fall(tolerance, gamma)
     return minimum.grad_norm <= tolerance or min(minimum.decrement, minimum.last_fall) <= allowed
 
 
 def _refuse_slope(run: Run, start: int, minimum: Minimum, curvature: Curvature) -> None:
     tolerance = run.config.map.tolerance
-    allowed = tolerance * max(1.0, curvature.gamma)
+    allowed = allowed_fall(tolerance, curvature.gamma)
     if _certified(minimum, tolerance, curvature.gamma):
         return
     raise RunError(
