@@ -23,6 +23,8 @@ Entries = list[Entry]
 Names = list[str]
 PATIENCE = float(os.environ.get("FIBERWALK_STORAGE_PATIENCE", "120"))
 """Seconds for which an operation is tried again while its place gives passing errors."""
+_TAIL = 2**18
+"""Bytes from the end that opening an object brings: small objects whole, and the footers of large ones."""
 CHECK_PATIENCE = 12.0
 """The same for the test whether a place can be written, in total; it must end within 30 s."""
 _ADVICE = {
@@ -155,12 +157,12 @@ class Storage:
 
     def open_input(self, path: str) -> BinaryIO:
         """Open an object for reading in pieces, each piece retried by itself. Raises FileNotFoundError."""
-        size = self.size(path)
-        if size is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{path}")
         if self.protocol == "file":
-            return open(Path(self.uri, path), "rb")
-        return cast(BinaryIO, io.BufferedReader(_Pieces(self, path, size), 2**20))
+            return self._guard(lambda: open(Path(self.uri, _relative(path)), "rb"), f"Cannot read {path}")
+        tail, size = self._guard(lambda: self._backend().tail(_relative(path), _TAIL), f"Cannot read {path}")
+        if len(tail) == size:
+            return io.BytesIO(tail)
+        return cast(BinaryIO, io.BufferedReader(_Pieces(self, path, size, tail), 2**20))
 
     def arrow_filesystem(self) -> tuple[Any, str]:
         """Return (pyarrow.fs.FileSystem, path of the root on it)."""
@@ -196,7 +198,7 @@ class Storage:
             if isinstance(backend, S3Backend):
                 _find_bucket(backend)
             try:
-                backend.create(name, lambda file: cast(None, file.write(bytes(64 * 1024))))
+                backend.create(name, lambda file: cast(None, file.write(bytes(4096))))
             finally:
                 backend.delete(name)
         except Exception as error:
@@ -250,10 +252,11 @@ def _encode(value: Any) -> bytes:
 
 
 class _Pieces(io.RawIOBase):
-    """A stored object as a seekable file; every read is one ranged request."""
+    """A stored object as a seekable file; a read before its tail is one ranged request."""
 
-    def __init__(self, storage: Storage, path: str, size: int):
+    def __init__(self, storage: Storage, path: str, size: int, tail: bytes):
         self._storage, self._path, self._size, self._position = storage, path, size, 0
+        self._tail, self._tail_start = tail, size - len(tail)
 
     def readable(self) -> bool:
         return True
@@ -271,6 +274,8 @@ class _Pieces(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._position))
         if count:
-            buffer[:count] = self._storage.read_range(self._path, self._position, count)
+            first = self._position - self._tail_start
+            inside = self._tail[first : first + count] if first >= 0 else None
+            buffer[:count] = inside or self._storage.read_range(self._path, self._position, count)
             self._position += count
         return count

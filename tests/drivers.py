@@ -5,6 +5,7 @@ Importing torch and Ray takes seconds; forking takes milliseconds. The mother pr
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -16,6 +17,16 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+PRELOADED = [
+    "pipeline.cli",
+    "pipeline.main_job",
+    "pipeline.posterior",
+    "workers.cluster",
+    "workers.trainer",
+    "workers.walker",
+]
+PRELOADED += [f"pipeline.stages.{name}" for name in ("deform", "estimate", "evaluate", "report", "sample", "select")]
 
 
 class Driver:
@@ -114,10 +125,8 @@ class Drivers:
 
 
 def _mother() -> None:
-    import workers.cluster
-    import workers.trainer
-    import workers.walker  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     running: set[int] = set()
     buffer, opened = b"", True
     while opened or running:

@@ -55,6 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     proxy: Proxy
     protocol_version = "HTTP/1.1"
     timeout = 60
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for an acknowledgement
 
     def log_message(self, format: str, *args: Any) -> None:
         """Be quiet."""

@@ -100,7 +100,7 @@ def test_an_interrupt_keeps_what_is_committed_and_says_how_to_go_on(
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(
     drivers: Drivers, config: str, tmp_path: Path, undisturbed
 ):
-    driver = drivers.run(command(config, tmp_path), file_limit=4000)  # enough for small objects, too little for others
+    driver = drivers.run(command(config, tmp_path), file_limit=8000)  # enough for small objects, too little for others
     assert driver.status == 1
     assert "run again" in driver.output()
     assert not list(tmp_path.rglob(".*.tmp"))

@@ -53,6 +53,10 @@ class Backend(Protocol):
         """Return bytes from `start`; all of `length`, or an error. Raises FileNotFoundError."""
         ...
 
+    def tail(self, path: str, length: int) -> tuple[bytes, int]:
+        """Return at most the last `length` bytes and the size of the whole. Raises FileNotFoundError."""
+        ...
+
     def size(self, path: str) -> int | None:
         """Return the size in bytes, None if there is no such object."""
         ...

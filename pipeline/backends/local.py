@@ -89,6 +89,11 @@ class LocalBackend:
             raise Truncated(errno.EIO, f"{path} ends {length - len(data)} bytes too early")
         return data
 
+    def tail(self, path: str, length: int) -> tuple[bytes, int]:
+        """Return the end of an object, and its size."""
+        size = self._target(path).stat().st_size
+        return self.read(path, max(0, size - length)), size
+
     def size(self, path: str) -> int | None:
         """Return the size of an object or None."""
         try:

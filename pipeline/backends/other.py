@@ -37,6 +37,13 @@ class OtherBackend:
             raise Truncated(errno.EIO, f"{path} ends {length - len(data)} bytes too early")
         return data
 
+    def tail(self, path: str, length: int) -> tuple[bytes, int]:
+        """Return the end of an object, and its size."""
+        size = self.size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", path)
+        return self.read(path, max(0, size - length)), size
+
     def size(self, path: str) -> int | None:
         """Return the size of an object or None."""
         files, name = self._place(path)

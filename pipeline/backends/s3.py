@@ -68,7 +68,8 @@ class S3Backend:
         """Ask for the bucket. Raises FileNotFoundError if there is none, PermissionError if listing is forbidden."""
         self._patience.retry(lambda _: self.request("list_objects_v2", MaxKeys=1), "Looking for the bucket")
 
-    def _get(self, path: str, limits: str | None) -> bytes:
+    def _get(self, path: str, limits: str | None) -> tuple[bytes, int]:
+        """Return a body, and the size of the whole object."""
         from fsspec.asyn import sync
 
         chosen = {"Range": limits} if limits else {}
@@ -79,7 +80,7 @@ class S3Backend:
             answer["Body"].close()
         if len(body) != answer["ContentLength"]:
             raise Truncated(errno.EIO, f"{path}: {len(body)} of {answer['ContentLength']} bytes came")
-        return body
+        return body, int(answer.get("ContentRange", f"/{len(body)}").rsplit("/", 1)[1])
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         """Return bytes of an object, large ones piece by piece."""
@@ -87,10 +88,23 @@ class S3Backend:
             return b""
         last = "" if length is None else start + length - 1
         limits = None if start == 0 and length is None else f"bytes={start}-{last}"
-        data = self._patience.retry(lambda _: self._get(path, limits), f"Reading {path}")
+        data = self._patience.retry(lambda _: self._get(path, limits), f"Reading {path}")[0]
         if length is not None and len(data) != length:
             raise Truncated(errno.EIO, f"{path} ends {length - len(data)} bytes too early")
         return data
+
+    def tail(self, path: str, length: int) -> tuple[bytes, int]:
+        """Return the end of an object and its size, in one request."""
+
+        def attempt(_: int) -> tuple[bytes, int]:
+            try:
+                return self._get(path, f"bytes=-{length}")
+            except OSError as error:
+                if service_code(error) in ("InvalidRange", "416"):  # an empty object has no last bytes
+                    return b"", 0
+                raise
+
+        return self._patience.retry(attempt, f"Reading {path}")
 
     def size(self, path: str) -> int | None:
         """Return the size of an object or None."""

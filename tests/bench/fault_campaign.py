@@ -53,8 +53,8 @@ class Round:
 class Campaign:
     """The servers and the undisturbed runs that all rounds share."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, modes: tuple[str, ...] = ("serial", "serial", "serial", "ray")):
+        self.folder, self.seed, self.modes = folder, seed, modes
         self.cluster: Any = None
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
@@ -99,7 +99,7 @@ class Campaign:
 def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, proxy: Proxy) -> Round:
     """Play one round."""
     rng = random.Random(f"{campaign.seed}-{number}")
-    mode, place = rng.choice(["serial", "serial", "serial", "ray"]), rng.choice(["disk", "s3"])
+    mode, place = rng.choice(campaign.modes), rng.choice(["disk", "s3"])
     variant = rng.randrange(2)
     result = Round(number, place, mode)
     expected, horizon = campaign.reference(drivers, mode, variant)
