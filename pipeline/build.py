@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.bayes.curvature import Curvature
+from pipeline.bayes.halving import Halving
 from pipeline.bayes.kernels import choose_form, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
@@ -109,7 +110,7 @@ def build_potential(
     x = to_tensors(run.dataset.train.x, network.dtype, network.device)
     y = targets(run.dataset.train, network)
     form = form or choose_form(network.module, len(run.dataset.train.y), network.dim, network.device)
-    kernel = nll_gradient(network, likelihood, x, y, form=form, compile=compile)
+    kernel = Halving(nll_gradient(network, likelihood, x, y, form=form, compile=compile))
     vector = prior_precision(network.layout, precision, network.dtype).to(network.device)
     return Potential(network, likelihood, vector, x, y, kernel)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.bayes.batched import BatchedChain, block_rows, chunk_walks, even_parts
 from pipeline.bayes.chain import Layer, parse_chain
+from pipeline.bayes.halving import Halving
 from pipeline.bayes.kernels import choose_form, compile_pays, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
@@ -315,3 +316,25 @@ def test_the_built_in_networks_run_batched(architecture, shape):
     assert choose_form(network.module, ROWS, network.dim, "cpu") == "batched"
     found = nll_gradient(network, Categorical(3), x, y, form="batched")(theta * 0.3)
     assert_same(found, truth(network, Categorical(3), x, y, theta * 0.3), torch.float64)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_halves_the_walks_at_once_and_changes_no_value(error):
+    def kernel(theta, rows=None):
+        if len(theta) > 3:
+            raise error
+        return 2 * theta, theta.sum(dim=1)
+
+    halving = Halving(kernel)
+    theta = torch.randn(13, 4, generator=torch.Generator().manual_seed(0))
+    gradient, nll = halving(theta)
+    assert torch.equal(gradient, 2 * theta) and torch.equal(nll, theta.sum(dim=1))
+    assert halving.limit == 3
+
+
+def test_errors_that_are_not_about_memory_are_raised():
+    def broken(theta, rows=None):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Halving(broken)(torch.zeros(4, 2))

@@ -22,6 +22,8 @@ DENSE_WORK = 5e9
 """The whole matrix is formed when D^2 * rows is below this: a few seconds of one core."""
 DENSE_DIM = 3000
 """And when D is below this: its eigenvalues take a few seconds more."""
+LANCZOS_DIM = 1_000_000
+"""Above this D, no eigenpairs are sought: their basis would take more memory than the walks."""
 BASIS_BYTES = 2 << 30
 """Largest Krylov basis that is held; the number of eigenpairs falls to fit it."""
 
@@ -73,7 +75,7 @@ def measure(
         deflated = float(values[k]) if k else float(values[0])
         gamma = occam(potential, theta, rng, scale)[0]
         return Curvature(float(values[0]), values[:k].clone(), vectors[:k].clone(), deflated, 0.0, gamma)
-    pairs = min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
+    pairs = 0 if dim > LANCZOS_DIM else min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
     values, vectors, residual = _leading(hessian, theta, pairs, rng)
     lambda_max = float(values[0]) if pairs else power_iteration(hessian, theta, rng)
     deflated = (

@@ -1,0 +1,47 @@
+"""Gradients that do not run out of memory: fewer walks at once, after the first time that they did."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from pipeline.bayes.target import NllGradient
+
+log = logging.getLogger("fiberwalk")
+
+
+class Halving:
+    """A gradient of many walks that halves how many it takes at once when memory runs out, and goes on.
+
+    The values are the same up to rounding, since batch shape changes rounding: relative differences of about 1e-6 in
+    float32. The smaller number is kept for the rest of the process.
+    """
+
+    def __init__(self, kernel: NllGradient):
+        self._kernel = kernel
+        self.limit: int | None = None
+        """Most walks at once; None until memory has run out."""
+
+    def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gradient of the summed NLL (W, D) and the NLL (W,); see `NllGradient`."""
+        while True:
+            size = min(self.limit or len(theta), len(theta))
+            try:
+                if size == len(theta):
+                    return self._kernel(theta, rows)
+                parts = [self._kernel(part, rows) for part in theta.split(size)]
+                return torch.cat([gradient for gradient, _ in parts]), torch.cat([nll for _, nll in parts])
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or size == 1:
+                    raise
+                self.limit = max(1, size // 2)
+                log.warning("Out of memory with %d walks at once: going on with %d.", size, self.limit)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The CPU allocator of torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
