@@ -21,13 +21,15 @@ from pipeline.store import SampleStore
 VALIDATION = "best validation NLL"
 RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
 
+TILTED = "end of the tilted walk, whose endpoints are the draws"
+
 
 def select(run: Run, report: Progress) -> None:
     """Write ``radius.json``: the chosen radius, the rule, and the curve over all recorded radii.
 
     Classification with validation rows takes the radius of the best model-averaged validation NLL; regression, or no
     validation rows, the largest radius at which the mean rise of the summed training NLL over that of the MAP estimate
-    stays below half the effective number of parameters. The choice is for `evaluation.draws` draws.
+    stays below half the effective number of parameters. Tilted walks count at their end. The choice is for `evaluation.draws` draws.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
@@ -45,17 +47,19 @@ def select(run: Run, report: Progress) -> None:
         for point, score in zip(curve, scores, strict=True):
             point["validation_nll"] = score
     gamma = float(np.mean([problem.curvature.gamma for problem in problems]))
-    choice = choose_radius(curve, gamma, run.config.data.task)
+    choice = choose_radius(curve, gamma, run.config.data.task, tilted=store.plan.tilt == "posterior")
     choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=digest)
     run.storage.replace_json("radius.json", choice)
     report.note(f"radius {choice['radius']:.4g} of {radii[-1]:.4g}: {choice['rule']}")
 
 
-def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str) -> dict[str, Any]:
+def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilted: bool = False) -> dict[str, Any]:
     """Apply the rule to a curve: {"radius", "rule", "validation_radius"}."""
     scores = np.array([np.nan if p["validation_nll"] is None else p["validation_nll"] for p in curve])
     scores[~np.isfinite(scores)] = np.nan
     best = None if np.isnan(scores).all() else float(curve[int(np.nanargmin(scores))]["radius"])
+    if tilted:
+        return {"radius": float(curve[-1]["radius"]), "rule": TILTED, "validation_radius": best}
     if task == "classification" and best is not None:
         return {"radius": best, "rule": VALIDATION, "validation_radius": best}
     above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
