@@ -29,7 +29,8 @@ def select(run: Run, report: Progress) -> None:
 
     Classification with validation rows takes the radius of the best model-averaged validation NLL; regression, or no
     validation rows, the largest radius at which the mean rise of the summed training NLL over that of the MAP estimate
-    stays below half the effective number of parameters. Tilted walks count at their end. The choice is for `evaluation.draws` draws.
+    stays below half the effective number of parameters. Tilted walks count at their end. The choice is for
+    `evaluation.draws` draws.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
