@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,22 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@functools.cache
+def _planned() -> dict[str, bytes]:
+    """The objects of a run before its first block; made once."""
+    with tempfile.TemporaryDirectory(prefix="fiberwalk-") as place:
+        run = prepare(parse_config(SETTINGS | {"storage": place}))
+        claim(run)
+        estimate(run, SerialExecutor(), LogProgress())
+        settle_plan(run, SerialExecutor(), LogProgress())
+        return {entry.path: run.storage.read(entry.path) for entry in run.storage.list()}
+
+
 def planned_run(place: str, **cluster: Any) -> Run:
     """A run whose MAP estimate and plan are made, and no block yet."""
     run = prepare(parse_config(SETTINGS | {"storage": place, "cluster": {"max_restarts": 3} | cluster}))
-    claim(run)
-    estimate(run, SerialExecutor(), LogProgress())
-    settle_plan(run, SerialExecutor(), LogProgress())
+    for path, data in _planned().items():
+        run.storage.create(path, data)
     return run
 
 

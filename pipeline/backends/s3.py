@@ -10,8 +10,9 @@ import hashlib
 import io
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 from pipeline.backends.base import Entry, Patience, Truncated, passing, service_code
@@ -19,7 +20,7 @@ from pipeline.backends.base import Entry, Patience, Truncated, passing, service_
 PART = 16 * 2**20
 """Bytes of one part of a large upload, and of one read."""
 _TAKEN = {"PreconditionFailed", "412"}
-_SPOOL = 64 * 2**20
+_SPOOL = 128 * 2**20
 
 
 def _taken(error: BaseException) -> bool:
@@ -182,11 +183,13 @@ class S3Backend:
         try:
             parts: list[dict[str, Any]] = []
             with ThreadPoolExecutor(4) as pool:
-                for first in range(0, size, 4 * PART):  # four parts in memory at a time
-                    file.seek(first)
-                    bodies = [body for body in (file.read(PART) for _ in range(4)) if body]
-                    numbers = range(first // PART + 1, first // PART + 1 + len(bodies))
-                    parts += pool.map(send, numbers, bodies)
+                file.seek(0)
+                sent: deque[Future[dict[str, Any]]] = deque()
+                for number in range(1, -(-size // PART) + 1):
+                    sent.append(pool.submit(send, number, file.read(PART)))
+                    if len(sent) == 4:  # so many parts are in memory at a time
+                        parts.append(sent.popleft().result())
+                parts += [part.result() for part in sent]
             whole = {"Parts": parts}
             self.request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload=whole, **condition)
         except Exception:

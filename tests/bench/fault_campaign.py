@@ -55,6 +55,8 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, modes: tuple[str, ...] = ("serial", "serial", "serial", "ray")):
         self.folder, self.seed, self.modes = folder, seed, modes
+        self.places: tuple[str, ...] = ("disk", "s3")
+        self.faults = (4, 7)
         self.cluster: Any = None
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
@@ -99,7 +101,7 @@ class Campaign:
 def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, proxy: Proxy) -> Round:
     """Play one round."""
     rng = random.Random(f"{campaign.seed}-{number}")
-    mode, place = rng.choice(campaign.modes), rng.choice(["disk", "s3"])
+    mode, place = rng.choice(campaign.modes), rng.choice(campaign.places)
     variant = rng.randrange(2)
     result = Round(number, place, mode)
     expected, horizon = campaign.reference(drivers, mode, variant)
@@ -111,7 +113,7 @@ def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, pr
     command = ["run", campaign.config(mode, variant), "--storage", uri, "--quiet", *where]
     faults = [
         Fault(rng.choice(kinds_for(place, mode)), rng.uniform(0.0, 0.7) * horizon, rng.random())
-        for _ in range(rng.randint(4, 7))
+        for _ in range(rng.randint(*campaign.faults))
     ]
     began = time.monotonic()
     proxy.seed(number)
