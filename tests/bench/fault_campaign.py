@@ -56,7 +56,7 @@ class Campaign:
     def __init__(self, folder: Path, seed: int, modes: tuple[str, ...] = ("serial", "serial", "serial", "ray")):
         self.folder, self.seed, self.modes = folder, seed, modes
         self.places: tuple[str, ...] = ("disk", "s3")
-        self.faults = (4, 7)
+        self.faults: tuple[int, int] = (4, 7)
         self.cluster: Any = None
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
