@@ -136,7 +136,9 @@ def test_walks_stay_on_a_curved_fiber(module):
     # The curvature w1^2 + w2^2 grows along the hyperbola, so the step size is a tenth of the usual one.
     state = walk(potential, star, drift, 1500, step_size=0.03 / lambda_max)
     product = state.position[:, 0] * state.position[:, 1]
-    assert (product - 1).abs().max() < 0.02
+    # Across the fiber a walk rests where the pull equals the drift, at most (L / T) / eta h from it; with h growing as
+    # w1^2 + w2^2 from 2, the product is then off by at most sqrt(2) (L / T) / 0.03.
+    assert (product - 1).abs().max() < 2**0.5 * (2.0 / 1500) / 0.03
     assert (state.position - star).norm(dim=1).max() > 0.5, "no walk has moved"
 
 
@@ -196,7 +198,7 @@ def tilted_endpoints(walks: int, tilt_scale: float = 1.0) -> tuple[np.ndarray, n
         [tilt_vector(potential, star, torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(xi, noise, strict=True)]
     )
     eta = 0.3 / float(torch.linalg.eigvalsh(h)[-1])
-    state = walk(potential, star, xi / np.sqrt(2.0), 1000, step_size=eta, tilt=tilt * tilt_scale)
+    state = walk(potential, star, xi / np.sqrt(2.0), 500, step_size=eta, tilt=tilt * tilt_scale)
     return (state.position - star).numpy(), torch.linalg.inv(h).numpy()
 
 
