@@ -34,7 +34,7 @@ GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
 
 
-EQUAL = 0.01
+EQUAL = 0.002
 """Scores that differ by less, on the same scale, are taken as equal."""
 
 
