@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Do all stages of a run; running it again does only what is missing."""
     from pipeline.config import load_config
-    from pipeline.main_job import execute, finished, show_result
+    from pipeline.main_job import execute, finished, in_this_process, show_result
     from pipeline.run import claim, prepare
     from pipeline.stages.cost import estimate_cost, refuse_what_does_not_fit
     from pipeline.stages.estimate import check_weights
@@ -65,7 +65,7 @@ def run(
         out.print("Everything is done already; nothing to do.")
     else:
         with _progress(quiet) as progress:
-            execute(job, progress, serial=serial)
+            execute(job, progress, in_this_process() if serial else _on_ray(job))
     show_result(job, out)
 
 
@@ -270,6 +270,12 @@ def _show(data: Any, as_json: bool, readable: Any) -> None:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")
     else:
         out.print(readable)
+
+
+def _on_ray(job: Any) -> Any:
+    from workers.hands import on_ray  # late: Ray takes seconds to import, and a finished run needs none of it
+
+    return on_ray(job.config)
 
 
 @contextmanager

@@ -178,6 +178,8 @@ class WalkConfig(_Section):
                 f"walk.record_every must divide walk.steps = {self.steps}, got {self.record_every}; "
                 f"{near} is the nearest that does"
             )
+        if self.tilt == "posterior" and self.drift == "prior":
+            raise ValueError("walk.drift: prior cannot go with walk.tilt: posterior, which has a drift of its own")
         if self.correction.startswith("deflated") and self.rank < 1:
             raise ValueError(f"walk.rank must be at least 1 with walk.correction: {self.correction}, got {self.rank}")
         return self

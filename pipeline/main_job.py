@@ -1,15 +1,15 @@
-"""The order of the stages, and the one place where they meet the cluster."""
+"""The order of the stages. Who does the work is handed in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from rich.console import Console
 
 from pipeline.executor import Executor, SerialExecutor
+from pipeline.fitting.job import Trainer
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.store import SampleStore
@@ -29,8 +29,17 @@ def finished(run: Run) -> bool:
     return all(len(committed.get(s.index, ())) >= store.plan.blocks_per_shard for s in store.plan.shards())
 
 
-def execute(run: Run, progress: Progress, *, serial: bool = False) -> None:
+Workers = AbstractContextManager[tuple[Executor, Trainer]]
+"""Where shards run and who fits the deformation, held while the stages need them."""
+
+
+def execute(run: Run, progress: Progress, workers: Workers) -> None:
     """Do every stage that is not done.
+
+    Args:
+        run: A claimed run.
+        progress: Where it reports.
+        workers: `in_this_process()`, or `workers.hands.on_ray(config)`.
 
     Raises:
         RunError: A stage failed; what is committed stays.
@@ -44,7 +53,7 @@ def execute(run: Run, progress: Progress, *, serial: bool = False) -> None:
 
     # Rounding depends on the number of threads, so that it is the same in every process and mode.
     torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
-    with _workers(run, serial) as (executor, trainer):
+    with workers as (executor, trainer):
         estimate(run, executor, progress)
         sample(run, executor, progress)
         executor.release()
@@ -63,15 +72,8 @@ def show_result(run: Run, console: Console) -> None:
 
 
 @contextmanager
-def _workers(run: Run, serial: bool) -> Iterator[tuple[Executor, Any]]:
-    if serial:
-        from pipeline.stages.deform import train_in_process
+def in_this_process() -> Iterator[tuple[Executor, Trainer]]:
+    """The reference: one process, without Ray."""
+    from pipeline.stages.deform import train_in_process
 
-        yield SerialExecutor(), train_in_process
-        return
-    from workers.cluster import connected
-    from workers.trainer import train
-    from workers.walker import RayExecutor
-
-    with connected(run.config):
-        yield RayExecutor(run.config), train
+    yield SerialExecutor(), train_in_process

@@ -23,6 +23,7 @@ PRELOADED = [
     "pipeline.main_job",
     "pipeline.posterior",
     "workers.cluster",
+    "workers.hands",
     "workers.trainer",
     "workers.walker",
 ]

@@ -333,6 +333,6 @@ def test_what_does_not_fit_into_memory_is_refused_with_its_arithmetic(
     iris: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have: Callable[[], int] = lambda: 1000  # noqa: E731
-    monkeypatch.setattr(stage, "_total_memory", have)
+    monkeypatch.setattr(stage, "machine_memory", have)
     with pytest.raises(RunError, match=r"D x \(3 x rank \+ 16\)"):
         stage.check_memory(iris, 11_000_000)

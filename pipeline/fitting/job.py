@@ -118,6 +118,6 @@ def batch_rows(dim: int) -> int:
     return max(1, (32 << 20) // (4 * dim))
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """float32 or float64."""
-    return torch.float64 if name == "float64" else torch.float32
+def torch_generator(rng: np.random.Generator) -> torch.Generator:
+    """A torch generator of its own, seeded from a named stream."""
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.metric import Autoencoder, Metric, metric_loss
-from pipeline.build import Problem
+from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Team, is_held_out, torch_dtype
+from pipeline.fitting.job import FitJob, Team, is_held_out, torch_generator
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 
@@ -36,7 +36,7 @@ def fit_metric(
             f"deformation.kind: metric is for at most {LARGEST_DIM} parameters, "
             f"this network has {plan.dim}. Use residual."
         )
-    dtype = torch_dtype(plan.dtype)
+    dtype = DTYPES[plan.dtype]
     star = problem.theta_star.detach().to("cpu", dtype)
     radii = torch.as_tensor(plan.radii())
     walks, points = _collect(plan, team, star, radii)
@@ -45,7 +45,7 @@ def fit_metric(
     scale = _scale(team, points[~held], there[~held])
     settings = run.config.deformation
     model = Autoencoder(plan.dim, min(settings.rank, plan.dim), settings.hidden).to(dtype)
-    model.reset(torch.Generator().manual_seed(int(stream(run.config.seed, "deform-init", job.start).integers(2**62))))
+    model.reset(torch_generator(stream(run.config.seed, "deform-init", job.start)))
     losses = _train(run, job, team, model, points / scale, there & ~held[:, None])
     means, roots, error = _latents(team, model, points / scale, there, held)
     selected = int((radii - job.radius).abs().argmin())

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
-from pipeline.fitting.job import FitJob, Team
+from pipeline.fitting.job import FitJob, Team, torch_generator
 from pipeline.fitting.reading import Grid, Walks
 from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
 from pipeline.plan import stream
@@ -129,7 +129,7 @@ def _loss(
 ) -> Tensor:
     """Relative squared error on a batch of walks plus the likelihood term on fresh directions."""
     rng = stream(run.config.seed, "deform-batch", job.start, step, team.rank)
-    noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch_generator(rng)
     count = len(judge.train)
     size = min(count, max(1, BATCH // team.size))
     chosen = judge.train[torch.as_tensor(rng.choice(count, size, replace=False))] if count else judge.train
@@ -185,8 +185,7 @@ def _new(run: Run, job: FitJob, model: Residual, walks: Walks, sums: dict[str, A
     unit = UNIT * max(sums["rms"], 1e-12)
     k = len(model.chain.basis)
     remainder = Remainder(center.to(dtype), scale.to(dtype), unit, model.radius, k, hidden).to(dtype)
-    seed = int(stream(run.config.seed, "deform-init", job.start).integers(2**62))
-    remainder.reset(torch.Generator().manual_seed(seed))
+    remainder.reset(torch_generator(stream(run.config.seed, "deform-init", job.start)))
     return remainder
 
 

@@ -15,9 +15,9 @@ from pipeline.bayes.deformation.chain import Chain, Probe, Stretch
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.deformation.ridge import Core, Moments, fit_core
 from pipeline.bayes.trees import row_count, take_rows
-from pipeline.build import Problem
+from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import HELD_BYTES, FitJob, Team, is_held_out, torch_dtype
+from pipeline.fitting.job import HELD_BYTES, FitJob, Team, is_held_out
 from pipeline.fitting.reading import Directions, Grid, Walks, offsets
 from pipeline.fitting.remainder import fit_remainder
 from pipeline.plan import WalkPlan, stream
@@ -40,7 +40,7 @@ def fit_residual(
         RunError: No walk has a point near the selected radius.
     """
     grid = Grid.of(plan, job.radius)
-    dtype = torch_dtype(plan.dtype)
+    dtype = DTYPES[plan.dtype]
     theta_star = problem.theta_star.detach().to("cpu", dtype)
     directions = Directions(run, plan, problem, dtype)
     stretch = fit_stretch(team, grid, directions, theta_star)
@@ -69,7 +69,7 @@ def free_law(run: Run, plan: WalkPlan, problem: Problem) -> FreeLaw:
     """How fresh directions are drawn: as the walks' drifts were."""
     if plan.tilt == "none" and plan.drift == "isotropic":
         return FreeLaw(plan.dim)
-    scale = problem.precision.detach().to("cpu", torch_dtype(plan.dtype)).rsqrt()
+    scale = problem.precision.detach().to("cpu", DTYPES[plan.dtype]).rsqrt()
     return FreeLaw(plan.dim, scale, unit=plan.tilt == "none", reach=plan.length)
 
 

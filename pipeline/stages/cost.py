@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pipeline.bayes.trees import leaves
 from pipeline.build import build_network
+from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.fitting.job import batch_rows, memory_estimate
 from pipeline.run import Run
@@ -112,11 +113,12 @@ def estimate_cost(run: Run) -> Cost:
     rank = 0 if walk.correction in ("plain", "momentum") else min(walk.rank, dim)
     settings = config.deformation
     deformation = 0 if settings.kind == "none" else PROCESS_BYTES + data + _deformation_bytes(config, dim)
-    actors = (
-        config.cluster.actors
-        if config.cluster.actors != "auto"
-        else max(1, int((os.cpu_count() or 1) / config.cluster.cpus_per_actor))
+    actor = (
+        f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks_here} walks x {dim:,} "
+        f"x {item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature"
     )
+    fit = readable(_deformation_bytes(config, dim))
+    training = f"{readable(PROCESS_BYTES)} + {readable(data)} data + {fit} for rank {settings.rank}"
     return Cost(
         run_id=config.run_id,
         parameters=dim,
@@ -130,19 +132,14 @@ def estimate_cost(run: Run) -> Cost:
         storage_bytes=walk.walks * records * (dim * item + 60) + 8 * walk.walks * dim,
         block_bytes=block,
         actor_bytes=PROCESS_BYTES + 3 * data + WALK_COPIES * positions + 2 * block + (rank + 2) * dim * 8,
-        actors=min(actors, shards),
+        actors=min(_actors(config), shards),
         deformation_bytes=deformation,
         deformation_workers=0 if settings.kind == "none" else settings.workers,
         driver_bytes=PROCESS_BYTES + 2 * data + 6 * dim * 8,
         machine_bytes=machine_memory(),
         disk_bytes=_free_disk(run),
         embedded=config.cluster.address is None,
-        arithmetic={
-            "actor": f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks_here} walks x "
-            f"{dim:,} x {item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature",
-            "deformation": f"{readable(PROCESS_BYTES)} + {readable(data)} data + "
-            f"{readable(_deformation_bytes(config, dim))} for rank {settings.rank}",
-        },
+        arithmetic={"actor": actor, "deformation": training},
     )
 
 
@@ -188,6 +185,13 @@ def machine_memory() -> int:
         return 0
 
 
+def _actors(config: Config) -> int:
+    """Actors that run at once on this machine."""
+    if config.cluster.actors != "auto":
+        return config.cluster.actors
+    return max(1, int((os.cpu_count() or 1) / config.cluster.cpus_per_actor))
+
+
 def _free_disk(run: Run) -> int:
     """Free bytes at a local storage place, which need not exist yet."""
     if run.storage.protocol != "file":
@@ -198,7 +202,7 @@ def _free_disk(run: Run) -> int:
     return shutil.disk_usage(place).free
 
 
-def _deformation_bytes(config: Any, dim: int) -> int:
+def _deformation_bytes(config: Config, dim: int) -> int:
     if config.deformation.kind == "gaussian":
         return 2 * config.walk.walks * dim * 4
     return memory_estimate(dim, config.deformation.rank, batch_rows(dim))

@@ -18,6 +18,7 @@ from pipeline.fitting.loading import load_deformation
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
+from pipeline.stages.cost import machine_memory
 from pipeline.store import SampleStore
 
 __all__ = ["deform", "load_deformation", "train_in_process"]
@@ -71,21 +72,13 @@ def check_memory(run: Run, dim: int) -> None:
     if settings.kind == "gaussian":
         return
     need = memory_estimate(dim, settings.rank, batch_rows(dim))
-    have = _total_memory()
+    have = machine_memory()
     if have and need > have:
         raise RunError(
             f"The deformation needs {need / 2**30:.1f} GiB a worker (D x (3 x rank + 16) x 4 bytes and 1 GiB, "
             f"D = {dim}, rank = {settings.rank}), this machine has {have / 2**30:.1f} GiB. Lower "
             "deformation.rank, or set deformation.kind: none."
         )
-
-
-def _total_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 0
 
 
 def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> dict[str, Any]:

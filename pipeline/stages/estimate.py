@@ -16,7 +16,7 @@ from pipeline.bayes.curvature import Curvature, measure
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential, prior_precision
-from pipeline.build import WIDE, build_network, build_potential, curvature_bytes, start_folder
+from pipeline.build import DTYPES, WIDE, build_network, build_potential, curvature_bytes, start_folder
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
 from pipeline.executor import Executor
@@ -93,7 +93,7 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     folder = start_folder(settings.start)
     files = {
         "theta.safetensors": save(_untied(network.state_dict(minimum.theta))),
-        "curvature.safetensors": curvature_bytes(curvature, getattr(torch, run.config.walk.dtype)),
+        "curvature.safetensors": curvature_bytes(curvature, DTYPES[run.config.walk.dtype]),
     }
     for name, data in files.items():
         run.storage.create(f"{folder}/{name}", data)

@@ -11,19 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.blocks import NUMBERS
 from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.store import SampleStore
 
 BATCH_BYTES = 16 * 2**20
-STATS = {
-    "step": "int32",
-    "radius": "float32",
-    "potential": "float64",
-    "nll": "float64",
-    "grad_norm": "float32",
-    "distance": "float32",
-}
+STATS = {name: NUMBERS[name] for name in ("step", "radius", "potential", "nll", "grad_norm", "distance")}
 """Exported beside the parameters, one a point; potential and nll in nats, radius and distance in units of theta."""
 
 

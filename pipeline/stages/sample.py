@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from pipeline.bayes.kernels import choose_form, compile_pays
+from pipeline.bayes.params import Network
 from pipeline.bayes.target import prior_precision
-from pipeline.build import build_network, device_of, load_network, start_folder
-from pipeline.errors import InputError
+from pipeline.build import DTYPES, device_of, load_network, start_folder
 from pipeline.executor import Executor
 from pipeline.plan import Shard, WalkPlan
 from pipeline.progress import Progress
@@ -94,17 +94,12 @@ def draft_plan(run: Run) -> WalkPlan:
     """The plan as far as it follows from configuration and MAP estimates alone."""
     walk = run.config.walk
     info = run.storage.read_json(f"{start_folder(0)}/map.json")
-    network, _ = load_network(run, 0, getattr(torch, walk.dtype))
-    correction = walk.correction
-    if correction == "auto":
-        correction = "momentum"
+    network, _ = load_network(run, 0, DTYPES[walk.dtype])
+    correction = "momentum" if walk.correction == "auto" else walk.correction
     steps = AUTO_STEPS if walk.steps == "auto" else walk.steps
-    tilted = walk.tilt == "posterior"
-    if tilted and walk.drift == "prior":
-        raise InputError(
-            "walk.drift: prior cannot be combined with walk.tilt: posterior, which has a drift of its own."
-        )
-    length = _tilted_length(run) if tilted else (walk.length if walk.length != "auto" else 1.0)
+    length = 1.0 if walk.length == "auto" else walk.length
+    if walk.tilt == "posterior":
+        length = _tilted_length(network, info["prior_precision"])
     rows = len(run.dataset.train.y)
     batch = 0 if walk.batch_size == "full" else walk.batch_size
     form = choose_form(network.module, batch or rows, network.dim, device_of(run.config))
@@ -147,8 +142,6 @@ def records_per_block(records: int, walks: int, dim: int, dtype: str) -> int:
     return min(fitting, max(1, math.ceil(records / LEAST_BLOCKS)))
 
 
-def _tilted_length(run: Run) -> float:
+def _tilted_length(network: Network, precision: Any) -> float:
     """Root mean square of the drift of a tilted walk, sqrt(sum 1 / alpha)."""
-    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
-    precision: Any = run.storage.read_json(f"{start_folder(0)}/map.json")["prior_precision"]
     return float((1 / prior_precision(network.layout, precision, torch.float64)).sum().sqrt())

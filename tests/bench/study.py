@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
-from pipeline.main_job import execute
+from pipeline.main_job import execute, in_this_process
 from pipeline.progress import LogProgress
 from pipeline.run import claim, prepare, versions
 from pipeline.stages.table import ARROWS, METRICS, TITLES, title
 from tests.bench.study_cases import CASES, Case
+from workers.hands import on_ray
 
 SHOWN = {"classification": ("nll", "accuracy", "ece", "brier"), "regression": ("nll", "rmse", "crps", "coverage")}
 
@@ -44,7 +45,7 @@ def run_case(case: Case, seed: int, root: Path, work: Path, settings: dict[str, 
         target[key] = value
     run = prepare(parse_config(values))
     claim(run)
-    execute(run, LogProgress(), serial=serial)
+    execute(run, LogProgress(), in_this_process() if serial else on_ray(run.config))
     evaluation = run.storage.read_json("evaluation.json")
     return {
         "case": case.name,
