@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeline.bayes.likelihood import Prediction
+from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
 from pipeline.bayes.trees import to_tensors
 from pipeline.bayes.walk import advance, init, secure, set_anchor
 from pipeline.build import Problem, load_problem, targets
@@ -189,13 +188,9 @@ def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, Any]]:
 
 def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float | None:
     """Mean NLL of the model average over walks."""
-    prediction: Prediction = problem.likelihood.predict(problem.network.outputs_many(theta, x, chunk=8))
-    if prediction.probabilities is not None:
-        mean = prediction.probabilities.mean(dim=0)
-        return _finite(float(-mean[torch.arange(len(y)), y.long()].clamp_min(1e-30).log().mean()))
-    assert prediction.mean is not None and prediction.variance is not None
-    log_density = torch.distributions.Normal(prediction.mean, prediction.variance.sqrt()).log_prob(y)
-    return _finite(float(-(log_density.logsumexp(dim=0) - math.log(len(theta))).mean()))
+    average = AveragedLikelihood(len(y))
+    average.add(draw_nll(problem.network, problem.likelihood, theta, x, y))
+    return _finite(float(average.rows().mean()))
 
 
 def _finite(value: float) -> float | None:
