@@ -18,19 +18,22 @@ from pipeline.run import Run
 from pipeline.stages.paths import Paths, read_paths, read_points
 from pipeline.store import SampleStore
 
-VALIDATION = "best validation NLL"
+VALIDATION = "shortest radius whose validation NLL is as good as the best"
 RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
 
 TILTED = "end of the tilted walk, whose endpoints are the draws"
+
+EQUAL = 0.002
+"""Scores that differ by less, relative to 0.5 + the best validation NLL in nats a row, are equal in practice."""
 
 
 def select(run: Run, report: Progress) -> None:
     """Write ``radius.json``: the chosen radius, the rule, and the curve over all recorded radii.
 
-    Classification with validation rows takes the radius of the best model-averaged validation NLL; regression, or no
-    validation rows, the largest radius at which the mean rise of the summed training NLL over that of the MAP estimate
-    stays below half the effective number of parameters. Tilted walks count at their end. The choice is for
-    `evaluation.draws` draws.
+    Classification with validation rows takes the left end of the plateau around the best model-averaged validation NLL
+    (see `left_of_plateau`); regression, or no validation rows, the largest radius at which the mean rise of the summed
+    training NLL over that of the MAP estimate stays below half the effective number of parameters. Tilted walks count
+    at their end. The choice is for `evaluation.draws` draws.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
@@ -44,9 +47,8 @@ def select(run: Run, report: Progress) -> None:
     radii = store.plan.radii()
     curve = rise_curve(paths, problems, radii)
     if row_count(run.dataset.validation.x):
-        scores = validation_curve(run, store, paths, problems, radii, report)
-        for point, score in zip(curve, scores, strict=True):
-            point["validation_nll"] = score
+        for point, score in zip(curve, validation_curve(run, store, paths, problems, radii, report), strict=True):
+            point.update(score)
     gamma = float(np.mean([problem.curvature.gamma for problem in problems]))
     choice = choose_radius(curve, gamma, run.config.data.task, tilted=store.plan.tilt == "posterior")
     choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=digest)
@@ -57,8 +59,8 @@ def select(run: Run, report: Progress) -> None:
 def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilted: bool = False) -> dict[str, Any]:
     """Apply the rule to a curve: {"radius", "rule", "validation_radius"}."""
     scores = np.array([np.nan if p["validation_nll"] is None else p["validation_nll"] for p in curve])
-    scores[~np.isfinite(scores)] = np.nan
-    best = None if np.isnan(scores).all() else float(curve[int(np.nanargmin(scores))]["radius"])
+    errors = np.array([0.0 if p.get("validation_se") is None else p["validation_se"] for p in curve])
+    best = None if np.isnan(scores).all() else float(curve[left_of_plateau(scores, errors)]["radius"])
     if tilted:
         return {"radius": float(curve[-1]["radius"]), "rule": TILTED, "validation_radius": best}
     if task == "classification" and best is not None:
@@ -66,6 +68,24 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
     above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
     last = above.index(True) - 1 if True in above else len(above) - 1
     return {"radius": float(curve[max(last, 0)]["radius"]), "rule": RISE, "validation_radius": best}
+
+
+def left_of_plateau(scores: np.ndarray, errors: np.ndarray) -> int:
+    """Shortest radius of the stretch around the best score in which no score is worse for all that can be told.
+
+    Where the curve is flat, its minimum is decided by noise, and a longer walk lies further from what is known: points
+    there are harder to learn and no better. A score counts as equal while it exceeds the best by less than the standard
+    error of the paired difference, and by less than `EQUAL`.
+
+    Args:
+        scores: Mean validation NLL at each radius, (radii,); NaN where there is none.
+        errors: Standard error of its paired difference to the best, (radii,).
+    """
+    best = index = int(np.nanargmin(scores))
+    allowed = np.minimum(errors, EQUAL * (0.5 + abs(scores[best])))
+    while index and scores[index - 1] - scores[best] <= allowed[index - 1]:
+        index -= 1
+    return index
 
 
 def rise_curve(paths: Paths, problems: list[Problem], radii: np.ndarray) -> list[dict[str, Any]]:
@@ -78,15 +98,25 @@ def rise_curve(paths: Paths, problems: list[Problem], radii: np.ndarray) -> list
     for radius in radii:
         means = [_finite(float(paths.at(rise, radius).mean())) for rise in rises]
         curve.append(
-            {"radius": float(radius), "validation_nll": None, "potential_rise": means[0], "nll_rise": means[1]}
+            {
+                "radius": float(radius),
+                "validation_nll": None,
+                "validation_se": None,
+                "potential_rise": means[0],
+                "nll_rise": means[1],
+            }
         )
     return curve
 
 
 def validation_curve(
     run: Run, store: SampleStore, paths: Paths, problems: list[Problem], radii: np.ndarray, report: Progress
-) -> list[float | None]:
-    """Validation NLL of the model average at every radius, in nats a row, reading every block at most once."""
+) -> list[dict[str, float | None]]:
+    """Validation NLL of the model average at every radius, in nats a row, reading every block at most once.
+
+    Returns:
+        `validation_nll`, and `validation_se`: the standard error of its paired difference to the best one.
+    """
     chosen = paths.choose(run.config.evaluation.draws)
     nearest = np.stack([paths.records_at(radius)[chosen] for radius in radii])
     wanted = {int(walk): set(nearest[:, i].tolist()) for i, walk in enumerate(chosen)}
@@ -108,7 +138,19 @@ def validation_curve(
             bar.advance(len(walks))
     # The unit of the target, like every metric that is shown.
     unit = np.log(run.dataset.schema.y_std) if run.config.data.task == "regression" else 0.0
-    return [_finite(float(average.rows().mean() + unit)) for average in averages]
+    rows = np.stack([average.rows() for average in averages])
+    means = np.array([np.nan if (mean := _finite(float(row.mean()))) is None else mean for row in rows])
+    if np.isnan(means).all():
+        return [{"validation_nll": None, "validation_se": None} for _ in rows]
+    with np.errstate(invalid="ignore"):  # a row without any chance at two radii
+        pairs = rows - rows[int(np.nanargmin(means))]
+    return [
+        {
+            "validation_nll": _finite(float(mean + unit)),
+            "validation_se": _finite(float(np.std(pair) / np.sqrt(max(len(pair) - 1, 1)))),
+        }
+        for mean, pair in zip(means, pairs, strict=True)
+    ]
 
 
 def _finite(value: float) -> float | None:
