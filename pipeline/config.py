@@ -214,7 +214,7 @@ class EvaluationConfig(_Section):
         "gaussian",
     )
     """Methods beside walk and deformation: map, temperature, random, gaussian, ensemble, ensemble_temperature, laplace,
-    laplace_linearised, swag."""
+    laplace_linearised, laplace_torch (that package's opinion, where it is installed), swag."""
 
 
 class ClusterConfig(_Section):

@@ -23,6 +23,7 @@ BASELINES = (
     "ensemble_temperature",
     "laplace",
     "laplace_linearised",
+    "laplace_torch",
     "swag",
 )
 

@@ -6,14 +6,16 @@ weights, and the tests hold them to those libraries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from pipeline.bayes.bootstrap import Score, bootstrap, row_mean
+from pipeline.bayes.bootstrap import Score, Statistic, bootstrap, row_mean
 from pipeline.bayes.mixture import component_nll, mixture_cdf, mixture_crps, mixture_nll, mixture_quantile
 
 BINS = 15
 HIGHER_IS_BETTER = frozenset({"accuracy", "auroc"})
-NOT_RANKED = frozenset({"coverage", "width", "nll_per_draw"})
+NOT_RANKED = frozenset({"coverage", "width", "nll_per_draw", "accuracy_per_draw", "rmse_per_draw"})
 """Metrics of which neither more nor less is better by itself."""
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -66,7 +68,11 @@ def calibration_error(probabilities: np.ndarray, y: np.ndarray, counts: np.ndarr
 
 
 def classification_scores(
-    probabilities: np.ndarray, y: np.ndarray, nll_draws: np.ndarray | None, counts: np.ndarray
+    probabilities: np.ndarray,
+    y: np.ndarray,
+    nll_draws: np.ndarray | None,
+    counts: np.ndarray,
+    hit_draws: np.ndarray | None = None,
 ) -> dict[str, Score]:
     """All scores of class probabilities.
 
@@ -75,6 +81,7 @@ def classification_scores(
         y: True class numbers, (rows,).
         nll_draws: Mean over single draws of each row's NLL, (rows,); None where there is one draw.
         counts: Bootstrap counts, (resamples, rows).
+        hit_draws: Share of single draws that are right about each row, (rows,); None where there is one draw.
     """
     _, hit = confidence_and_hit(probabilities, y)
     rows = class_nll(probabilities, y)
@@ -85,6 +92,7 @@ def classification_scores(
         "ece_adaptive": calibration_error(probabilities, y, counts, adaptive=True),
         "brier": row_mean(brier_rows(probabilities, y)),
         "nll_per_draw": row_mean(rows if nll_draws is None else nll_draws),
+        "accuracy_per_draw": row_mean(hit if hit_draws is None else hit_draws),
     }
 
 
@@ -97,17 +105,23 @@ def regression_scores(mean: np.ndarray, variance: np.ndarray, y: np.ndarray, cou
         y: Targets, (rows,).
         counts: Bootstrap counts, (resamples, rows).
     """
-    squares = (mean.mean(axis=0) - y) ** 2
+    squares, draw_squares = (mean.mean(axis=0) - y) ** 2, ((mean - y) ** 2).mean(axis=0)
     position = mixture_cdf(mean, variance, y)
     low, high = mixture_quantile(mean, variance, 0.05), mixture_quantile(mean, variance, 0.95)
     return {
         "nll": row_mean(mixture_nll(mean, variance, y)),
-        "rmse": bootstrap(lambda weights: np.sqrt(weights @ squares / weights.sum(axis=1)), counts),
+        "rmse": root_mean(squares, counts),
         "crps": row_mean(mixture_crps(mean, variance, y)),
         "coverage": row_mean((position >= 0.05) & (position <= 0.95)),
         "width": row_mean(high - low),
         "nll_per_draw": row_mean(component_nll(mean, variance, y).mean(axis=0)),
+        "rmse_per_draw": root_mean(draw_squares, counts),
     }
+
+
+def root_mean(squares: np.ndarray, counts: np.ndarray) -> Score:
+    """Root of the mean of squared errors (rows,)."""
+    return bootstrap(lambda weights: np.sqrt(weights @ squares / weights.sum(axis=1)), counts)
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -120,24 +134,45 @@ def selective_curve(uncertainty: np.ndarray, loss: np.ndarray) -> tuple[np.ndarr
 
     Rows of equal uncertainty are answered together, so the curve does not depend on the order of the rows.
     """
-    order = np.argsort(uncertainty, kind="stable")
-    _, inverse, sizes = np.unique(uncertainty[order], return_inverse=True, return_counts=True)
-    smoothed = (np.bincount(inverse, weights=loss[order]) / sizes)[inverse]
+    order, smoothed = _smoothed(uncertainty, loss)
     number = np.arange(1, len(loss) + 1)
-    return number / len(loss), np.cumsum(smoothed) / number
+    return number / len(loss), np.cumsum(smoothed[order]) / number
 
 
-def _auroc(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Chance that an outside score exceeds an inside one, ties half; weights by sorted distinct score, (b, scores)."""
-    below = np.cumsum(inside, axis=1) - 0.5 * inside
-    return (outside * below).sum(axis=1) / (inside.sum(axis=1) * outside.sum(axis=1))
+def selective_scores(
+    uncertainty: np.ndarray, loss: np.ndarray, shares: Sequence[float], counts: np.ndarray, root: bool = False
+) -> list[Score]:
+    """Points of the selective-prediction curve with their bootstrap standard errors, one a share of answered rows.
+
+    Args:
+        uncertainty: Of each row, (rows,); the most certain ones are answered.
+        loss: Of each row, (rows,): 0 or 1 for classes, a squared error for numbers.
+        shares: Shares of the rows that are answered, above 0.
+        counts: Bootstrap counts, (resamples, rows).
+        root: Take the root of the mean loss.
+    """
+    order, smoothed = _smoothed(uncertainty, loss)
+    ranked = smoothed[order]
+
+    def curve(share: float) -> Statistic:
+        def statistic(weights: np.ndarray) -> np.ndarray:
+            number = np.cumsum(weights[:, order], axis=1)
+            last = (number < share * number[:, -1:] - 1e-9).sum(axis=1)
+            kept = np.arange(len(order)) <= last[:, None]
+            total = weights[:, order] * kept
+            mean = total @ ranked / total.sum(axis=1)
+            return np.sqrt(mean) if root else mean
+
+        return statistic
+
+    return [bootstrap(curve(share), counts) for share in shares]
 
 
-def _fpr95(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    share = np.cumsum(inside, axis=1) / inside.sum(axis=1, keepdims=True)
-    threshold = (share < 0.95 - 1e-12).sum(axis=1)
-    missed = np.cumsum(outside, axis=1) / outside.sum(axis=1, keepdims=True)
-    return missed[np.arange(len(missed)), np.minimum(threshold, missed.shape[1] - 1)]
+def _smoothed(uncertainty: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order from certain to uncertain, and the loss averaged over rows of equal uncertainty."""
+    order = np.argsort(uncertainty, kind="stable")
+    _, inverse, sizes = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    return order, (np.bincount(inverse, weights=loss) / sizes)[inverse]
 
 
 def detection_scores(inside: np.ndarray, outside: np.ndarray, rng: np.random.Generator) -> dict[str, Score]:
@@ -153,22 +188,25 @@ def detection_scores(inside: np.ndarray, outside: np.ndarray, rng: np.random.Gen
         rng: Stream of the resamples; the same stream for every method makes comparisons paired.
     """
     scores, inverse = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    order_in, order_out = inverse[: len(inside)], inverse[len(inside) :]
-    plain = [np.bincount(o, minlength=len(scores))[None].astype(np.float64) for o in (order_in, order_out)]
+    places = (inverse[: len(inside)], inverse[len(inside) :])
+    value = _detection(*(np.bincount(place, minlength=len(scores)) for place in places))
     resamples = min(1000, max(200, 10_000_000 // len(inverse)))
-    replicates: dict[str, list[float]] = {"auroc": [], "fpr95": []}
-    for _ in range(resamples):
-        drawn = [
-            np.bincount(o[rng.integers(0, len(o), size=len(o))], minlength=len(scores))[None].astype(np.float64)
-            for o in (order_in, order_out)
-        ]
-        replicates["auroc"].append(float(_auroc(drawn[0], drawn[1])[0]))
-        replicates["fpr95"].append(float(_fpr95(drawn[0], drawn[1])[0]))
-    values = {"auroc": _auroc(plain[0], plain[1]), "fpr95": _fpr95(plain[0], plain[1])}
+    drawn = np.empty((resamples, 2))
+    for line in drawn:
+        chosen = (place[rng.integers(0, len(place), size=len(place))] for place in places)
+        line[:] = _detection(*(np.bincount(place, minlength=len(scores)) for place in chosen))
     return {
-        name: Score(float(values[name][0]), float(np.std(drawn, ddof=1)), replicates=np.asarray(drawn))
-        for name, drawn in replicates.items()
+        name: Score(value[k], float(drawn[:, k].std(ddof=1)), replicates=drawn[:, k])
+        for k, name in enumerate(("auroc", "fpr95"))
     }
+
+
+def _detection(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
+    """AUROC and FPR95 from the numbers of rows at each distinct score, in rising order."""
+    below, passed = np.cumsum(inside), np.cumsum(outside)
+    auroc = float(outside @ (below - 0.5 * inside)) / (float(below[-1]) * float(passed[-1]))
+    threshold = int(np.searchsorted(below, 0.95 * below[-1] - 1e-9))
+    return auroc, float(passed[threshold] / passed[-1])
 
 
 def compare(better: Score, than: Score, metric: str) -> dict[str, float | bool | str]:

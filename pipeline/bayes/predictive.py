@@ -42,6 +42,8 @@ class Averaged:
     """Regression: variances of the components, (draws, rows)."""
     nll_draws: np.ndarray | None = None
     """Mean over draws of each row's NLL, (rows,), where targets were given."""
+    hit_draws: np.ndarray | None = None
+    """Classification: share of draws that are right about each row, (rows,), where targets were given."""
 
     @property
     def total(self) -> np.ndarray:
@@ -98,7 +100,7 @@ class PredictiveAverage:
         self._first: np.ndarray | None = None
         self._sums: list[np.ndarray] = []
         self._components: list[tuple[np.ndarray, np.ndarray]] = []
-        self._nll = 0.0 if y is None else np.zeros(len(y))
+        self._nll, self._hits = (np.zeros(0 if y is None else len(y)) for _ in range(2))
 
     def add(self, network: Network, theta: Tensor, x: Tree, likelihood: Likelihood | None = None) -> None:
         """Add draws theta (b, D) predicted for the rows x; `likelihood` where starts have estimated their own noise."""
@@ -123,6 +125,7 @@ class PredictiveAverage:
             self._accumulate(first.sum(axis=0), entropy(first).sum(axis=0))
             if self._y is not None:
                 self._nll -= np.log(np.maximum(first[:, np.arange(len(self._y)), self._y], TINY)).sum(axis=0)
+                self._hits += (first.argmax(axis=-1) == self._y).sum(axis=0)
             return
         if self._first is None:
             self._first = first[0]  # moments about one draw: no cancellation where the spread is small
@@ -144,12 +147,12 @@ class PredictiveAverage:
         """
         if not self._draws:
             raise ValueError("No draw was added to the average.")
-        nll = None if self._y is None else np.asarray(self._nll) / self._draws
+        nll, hits = (None, None) if self._y is None else (self._nll / self._draws, self._hits / self._draws)
         sums = [s / self._draws for s in self._sums]
         if self._first is None:
             mean, inner = sums
             epistemic = np.maximum(entropy(mean) - inner, 0.0)
-            return Averaged(self._draws, inner, epistemic, probabilities=mean, nll_draws=nll)
+            return Averaged(self._draws, inner, epistemic, probabilities=mean, nll_draws=nll, hit_draws=hits)
         offset, square, aleatoric = sums
         epistemic = np.maximum(square - offset**2, 0.0)
         if self._keep:

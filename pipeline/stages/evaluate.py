@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, Laplace
@@ -21,6 +22,7 @@ from pipeline.bayes.metrics import (
     compare,
     detection_scores,
     regression_scores,
+    selective_scores,
 )
 from pipeline.bayes.predictive import Averaged
 from pipeline.fitting.loading import load_deformation
@@ -35,6 +37,12 @@ from pipeline.stages.table import evaluation_table
 from pipeline.store import SampleStore
 
 EVALUATION = "evaluation.json"
+OURS = ("walk", "walk_temperature", "deformation")
+"""Methods that are compared with every other one."""
+ANSWERED = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""Shares of answered rows at which the selective-prediction curve is stored."""
+RESAMPLES = 200
+"""Bootstrap resamples of that curve, each of which sorts nothing but adds up every row."""
 __all__ = ["EVALUATION", "evaluate", "evaluation_table"]
 
 
@@ -61,8 +69,9 @@ def evaluate(run: Run, report: Progress) -> None:
                 skipped[name] = str(reason)
                 report.note(f"{name} left out: {reason}")
             bar.advance(1, name)
-    shown = {name: method for name, method in found.items() if not name.startswith("_")}
-    scores = {name: score(comparison, method.averages["test"]) for name, method in shown.items()}
+    shown = {name: found[name] for name in wanted if name in found}
+    counts = resample_counts(stream(run.config.seed, "bootstrap"), len(comparison.targets["test"]))
+    scores = {name: score(comparison, method.averages["test"], counts) for name, method in shown.items()}
     detection = {name: _detection(comparison, shown, name) for name in run.dataset.ood}
     result = {
         **_facts(run, store, paths, choice),
@@ -71,6 +80,7 @@ def evaluate(run: Run, report: Progress) -> None:
         "leaders": _leaders(scores),
         "ood": {name: {method: _json(values) for method, values in by.items()} for name, by in detection.items()},
         "ood_difference": {name: _differences(by) for name, by in detection.items()},
+        "selective": {name: selective(comparison, m.averages["test"], counts) for name, m in shown.items()},
         "choices": {name: method.choices for name, method in shown.items() if method.choices},
         "skipped": skipped,
     }
@@ -108,12 +118,15 @@ def _builders(
         "gaussian": lambda: Method(c.average(methods.gaussian_draws(c, store, radius))),
         "laplace": lambda: methods.laplace(c, laplace(), linearised=False),
         "laplace_linearised": lambda: methods.laplace(c, laplace(), linearised=True),
+        "laplace_torch": lambda: methods.second_opinion(c),
         "swag": lambda: methods.swag(c),
         "ensemble": lambda: methods.ensemble(c),
         "ensemble_temperature": lambda: methods.tempered(c, base("ensemble")),
     }
     wanted: dict[str, Callable[[], Method]] = {"map": lambda: methods.map_estimate(c)}
     wanted["walk"] = lambda: Method(c.average(methods.walk_draws(c, store, paths, radius)))
+    if "validation" in c.inputs:
+        wanted["walk_temperature"] = lambda: methods.tempered(c, base("walk"))
     if c.run.config.deformation.kind != "none":
         wanted["deformation"] = lambda: Method(c.average(deformation_draws(c, radius)))
     return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
@@ -129,14 +142,25 @@ def deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tenso
                 yield start, model.draw(rng, min(c.batch(), share - first), radius)
 
 
-def score(c: Comparison, averaged: Averaged) -> dict[str, Score]:
+def score(c: Comparison, averaged: Averaged, counts: np.ndarray) -> dict[str, Score]:
     """All metrics of a method on the test rows, in the target's own unit; resamples are the same for every method."""
     y = c.targets["test"]
-    counts = resample_counts(stream(c.run.config.seed, "bootstrap"), len(y))
     if averaged.probabilities is not None:
-        return classification_scores(averaged.probabilities, y, averaged.nll_draws, counts)
+        return classification_scores(averaged.probabilities, y, averaged.nll_draws, counts, averaged.hit_draws)
     assert averaged.mean is not None and averaged.variance is not None
     return regression_scores(averaged.mean, averaged.variance, y, counts)
+
+
+def selective(c: Comparison, averaged: Averaged, counts: np.ndarray) -> list[dict[str, float]]:
+    """Error rate, or RMSE in the target's own unit, when only the most certain share of the test rows is answered."""
+    y = c.targets["test"]
+    if averaged.probabilities is not None:
+        loss = (averaged.probabilities.argmax(axis=1) != y).astype(np.float64)
+    else:
+        assert averaged.mean is not None
+        loss = (averaged.mean.mean(axis=0) - y) ** 2
+    points = selective_scores(averaged.total, loss, ANSWERED, counts[:RESAMPLES], root=c.regression)
+    return [{"answered": share} | point.to_json() for share, point in zip(ANSWERED, points, strict=True)]
 
 
 def _detection(c: Comparison, found: dict[str, Method], name: str) -> dict[str, dict[str, Score]]:
@@ -154,9 +178,9 @@ def _detection(c: Comparison, found: dict[str, Method], name: str) -> dict[str, 
 
 
 def _differences(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Any]]:
-    """Paired differences of walk and deformation to every other method, with a verdict only beyond two errors."""
+    """Paired differences of our methods to every other one, with a verdict only beyond two errors."""
     result: dict[str, dict[str, Any]] = {}
-    for ours in ("walk", "deformation"):
+    for ours in OURS:
         for other in scores if ours in scores else ():
             if other != ours:
                 common = [metric for metric in scores[ours] if metric in scores[other]]

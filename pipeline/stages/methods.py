@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
 from pipeline.bayes.baselines.scaling import fit_scale, rescale
+from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
@@ -152,6 +153,34 @@ def laplace(c: Comparison, fitted: Laplace | None, linearised: bool) -> Method:
             average.add_outputs(outputs, c.problems[0].likelihood)
         averages[name] = average.result()
     return Method(averages, choices)
+
+
+def second_opinion(c: Comparison) -> Method:
+    """Linearised Laplace by laplace-torch around the first start, its prior precision tuned on validation rows."""
+    problem, draws = c.problems[0], c.run.config.evaluation.draws
+    try:
+        model = SecondOpinion(problem.potential, problem.theta_star)
+    except ImportError as error:
+        raise Unavailable(f"needs laplace-torch ({error}); install it with: {INSTALL}") from error
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+
+    def outputs(name: str, factor: float) -> Tensor:
+        return model.outputs(c.tensors[name], draws, factor, stream(c.run.config.seed, "evaluate-laplace-torch"))
+
+    def score(factor: float) -> float:
+        average = AveragedLikelihood(len(c.run.dataset.validation.y))
+        y = torch.as_tensor(np.array(c.run.dataset.validation.y))
+        average.add(problem.likelihood.nll(outputs("validation", factor), y).numpy())
+        return float(np.nan_to_num(average.rows().mean(), nan=np.inf))
+
+    factor = float(min(PRIOR_FACTORS, key=score)) if "validation" in c.inputs else 1.0
+    averages: dict[str, Averaged] = {}
+    for name in c.inputs:
+        average = c.new_average(name)
+        average.add_outputs(outputs(name, factor), problem.likelihood)
+        averages[name] = average.result()
+    return Method(averages, {"prior_factor": factor, "structure": "full" if model.full else "kron"})
 
 
 def swag(c: Comparison) -> Method:

@@ -12,6 +12,7 @@ from rich.text import Text
 TITLES = {
     "map": "MAP",
     "walk": "fiber walk",
+    "walk_temperature": "walk, temperature",
     "deformation": "deformation",
     "temperature": "MAP, temperature",
     "random": "random directions",
@@ -20,6 +21,7 @@ TITLES = {
     "ensemble_temperature": "ensemble, temperature",
     "laplace": "Laplace, sampled",
     "laplace_linearised": "Laplace, linearised",
+    "laplace_torch": "laplace-torch",
     "swag": "SWAG",
 }
 METRICS = {
@@ -30,6 +32,7 @@ METRICS = {
         "ece_adaptive": "ECE, adaptive",
         "brier": "Brier",
         "nll_per_draw": "NLL of a draw",
+        "accuracy_per_draw": "accuracy of a draw",
     },
     "regression": {
         "nll": "NLL",
@@ -38,11 +41,19 @@ METRICS = {
         "coverage": "coverage of 90 %",
         "width": "width of 90 %",
         "nll_per_draw": "NLL of a draw",
+        "rmse_per_draw": "RMSE of a draw",
     },
 }
-PAGE_ONLY = ("ece_adaptive", "width", "nll_per_draw")
+PAGE_ONLY = ("ece_adaptive", "width", "nll_per_draw", "accuracy_per_draw", "rmse_per_draw")
 """Metrics that the report shows and the terminal, 80 columns wide, does not."""
-ARROWS = {"accuracy": "↑", "coverage": "", "width": "", "nll_per_draw": ""}
+ARROWS = {
+    "accuracy": "↑",
+    "coverage": "",
+    "width": "",
+    "nll_per_draw": "",
+    "accuracy_per_draw": "",
+    "rmse_per_draw": "",
+}
 
 
 def title(method: str) -> str:

@@ -1,8 +1,9 @@
 """The study: every method on every data set, and the tables of the README.
 
-    python tests/bench/study.py --data DIR [--only NAME ...] [--work DIR] [--json PATH] [--readme PATH] [--serial]
+    python tests/bench/study.py --data DIR [--only NAME ...] [--seeds K ...] [--work DIR] [--json PATH] [--readme PATH]
 
-Resumable: a run that is finished is read, not repeated. Without data (--data or FIBERWALK_DATA) it says so and ends.
+Resumable at any moment: a finished run leaves a row in WORK/rows and is not repeated, an interrupted one goes on.
+Without data (--data or FIBERWALK_DATA) it says so and ends.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import logging
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -24,85 +24,48 @@ from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
 from pipeline.main_job import execute, in_this_process
 from pipeline.progress import LogProgress
-from pipeline.run import claim, prepare, versions
-from pipeline.stages.table import ARROWS, METRICS, TITLES, title
+from pipeline.run import claim, prepare
 from tests.bench.study_cases import CASES, Case
+from tests.bench.study_tables import Row, summary, table
 from workers.hands import on_ray
 
-SHOWN = {"classification": ("nll", "accuracy", "ece", "brier"), "regression": ("nll", "rmse", "crps", "coverage")}
 
-
-def run_case(case: Case, seed: int, root: Path, work: Path, settings: dict[str, Any], serial: bool) -> dict[str, Any]:
-    """Carry one run to its end and return its evaluation."""
-    values = {
-        "deformation": {"hidden": [256, 256], "steps": 1000},
-        **case.configure(root, work / "data" / f"{case.name}-{seed}", seed),
-    }
+def settings_of(case: Case, seed: int, root: Path, work: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one run: what the case says, and the product's defaults for everything else."""
+    values = case.configure(root, work / "data" / f"{case.name}-{seed}", seed)
     values |= {"name": f"{case.name}-{seed}", "seed": seed, "storage": str(work / "runs")}
     for path, value in settings.items():
         section, _, key = path.rpartition(".")
         target = values.setdefault(section, {}) if section else values
         target[key] = value
+    return values
+
+
+def run_case(case: Case, seed: int, values: dict[str, Any], serial: bool) -> Row:
+    """Carry one run to its end; returns its row of the study."""
     run = prepare(parse_config(values))
     claim(run)
+    began = time.monotonic()
     execute(run, LogProgress(), in_this_process() if serial else on_ray(run.config))
-    evaluation = run.storage.read_json("evaluation.json")
+    about = run.storage.read_json("run.json")
     return {
         "case": case.name,
         "seed": seed,
+        "run_id": run.config.run_id,
         "config": values,
-        "versions": versions(),
+        "plan": run.storage.read_json("plan.json"),
+        "y_std": float(run.dataset.schema.y_std) if run.config.data.task == "regression" else 1.0,
+        "versions": about["versions"],
+        "code_digest": about["code_digest"],
         "machine": machine(),
-        "evaluation": evaluation,
+        "seconds": time.monotonic() - began,
+        "evaluation": run.storage.read_json("evaluation.json"),
     }
 
 
 def machine() -> str:
     """Processor kind and count."""
     return f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
-
-
-def pooled(rows: list[dict[str, Any]], method: str, metric: str) -> tuple[float, float] | None:
-    """Mean over seeds and its standard error: over seeds where there are several, else over test rows."""
-    scores = [r["evaluation"]["methods"][method][metric] for r in rows if method in r["evaluation"]["methods"]]
-    if not scores or any(s["value"] is None for s in scores):
-        return None
-    values = np.array([s["value"] for s in scores])
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else scores[0]["se"]
-    return float(values.mean()), float(error)
-
-
-def table(case: Case, rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown of one data set."""
-    first = rows[0]["evaluation"]
-    metrics = SHOWN[first["task"]]
-    names = [m for m in TITLES if any(m in r["evaluation"]["methods"] for r in rows)]
-    size = first["rows"]
-    seeds = [r["seed"] for r in rows]
-    lines = [f"**{case.title}** ({size['train']} / {size['validation']} / {size['test']} rows; seeds {seeds}; "
-             f"radius {', '.join(format(r['evaluation']['radius'], '.3g') for r in rows)})", ""]  # fmt: skip
-    heads = [f"{METRICS[first['task']][m]} {ARROWS.get(m, '↓')}".strip() for m in metrics]
-    sets = list(first["ood"]) if case.images else []
-    lines += [
-        f"| | {' | '.join([*heads, *(f'AUROC {s} ↑' for s in sets)])} |",
-        "|---" * (1 + len(metrics) + len(sets)) + "|",
-    ]
-    for name in names:
-        cells = [_cell(pooled(rows, name, metric)) for metric in metrics]
-        cells += [_cell(tuple(first["ood"][s][name]["auroc"].values())) for s in sets]  # type: ignore[arg-type]
-        lines.append(f"| {title(name)} | {' | '.join(cells)} |")
-    for pair in ("walk-ensemble_temperature", "walk-temperature", "walk-map"):
-        if pair in first["difference"]:
-            found = [r["evaluation"]["difference"][pair]["nll"] for r in rows]
-            words = ", ".join(f"{f['value']:+.3f} ± {f['se']:.3f}" for f in found)
-            lines += ["", f"NLL of {title('walk')} minus {title(pair.split('-')[1])}, paired, a seed each: {words}."]
-            break
-    lines += [f"\nPublished by others, under their own protocol: {line}." for line in case.published]
-    return [*lines, ""]
-
-
-def _cell(score: tuple[float, float] | None) -> str:
-    return "–" if score is None else f"{score[0]:.3f} ± {score[1]:.3f}".replace("-", "−")
 
 
 def write_readme(path: Path, text: str) -> None:
@@ -116,47 +79,75 @@ def write_readme(path: Path, text: str) -> None:
     path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
+def read_rows(work: Path, case: Case) -> list[Row]:
+    """Rows of a case that are finished, by seed."""
+    paths = (work / "rows" / f"{case.name}-{seed}.json" for seed in range(case.seeds))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def advance(case: Case, options: argparse.Namespace, root: Path, work: Path) -> list[str]:
+    """Run the seeds of a case that are not finished; returns what failed."""
+    settings = {pair.split("=", 1)[0]: json.loads(pair.split("=", 1)[1]) for pair in options.set}
+    failed: list[str] = []
+    for seed in range(case.seeds) if options.seeds is None else [s for s in options.seeds if s < case.seeds]:
+        path = work / "rows" / f"{case.name}-{seed}.json"
+        if path.exists():
+            continue
+        logging.info("%s, seed %d", case.name, seed)
+        try:
+            row = run_case(case, seed, settings_of(case, seed, root, work, settings), options.serial)
+        except (InputError, RunError) as error:
+            failed.append(f"{case.title}, seed {seed}: {error}")
+            logging.error("%s, seed %d failed: %s", case.name, seed, error)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("FIBERWALK_DATA"), help="folder of the data sets")
     parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES], help="these data sets")
-    parser.add_argument("--seeds", type=int, help="at most so many seeds a data set")
+    parser.add_argument("--seeds", nargs="*", type=int, help="these seeds (UCI regression: given splits)")
     parser.add_argument("--work", default="study", help="folder of runs; finished ones are not repeated")
     parser.add_argument("--json", help="where all rows go")
     parser.add_argument("--readme", help="file whose tables are replaced")
+    parser.add_argument("--collect", action="store_true", help="run nothing: tables of what is finished")
     parser.add_argument("--set", nargs="*", default=[], help="a.b=VALUE (JSON) for every run, for short trials")
     parser.add_argument("--serial", action="store_true", help="one process instead of an embedded Ray")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not options.data or not Path(options.data).is_dir():
+    if not options.collect and (not options.data or not Path(options.data).is_dir()):
         print("study: skipped, because there is no data. Give --data DIR or set FIBERWALK_DATA.")
         return 0
-    settings = {pair.split("=", 1)[0]: json.loads(pair.split("=", 1)[1]) for pair in options.set}
-    root, work = Path(options.data).resolve(), Path(options.work).resolve()
-    results: list[dict[str, Any]] = []
-    text: list[str] = []
-    failed = 0
-    for case in CASES:
-        if options.only and case.name not in options.only:
-            continue
-        rows: list[dict[str, Any]] = []
-        for seed in range(min(case.seeds, options.seeds or case.seeds)):
-            logging.info("%s, seed %d", case.name, seed)
-            try:
-                rows.append(run_case(case, seed, root, work, settings, options.serial))
-            except (InputError, RunError) as error:
-                failed += 1
-                logging.error("%s, seed %d failed: %s", case.name, seed, error)
-        results += rows
+    work = Path(options.work).resolve()
+    wanted = [case for case in CASES if not options.only or case.name in options.only]
+    failed: list[str] = []
+    results: list[tuple[Case, list[Row]]] = []
+    for case in wanted:
+        if not options.collect:
+            failed += advance(case, options, Path(options.data).resolve(), work)
+        rows = read_rows(work, case)
         if rows:
-            text += table(case, rows)
+            results.append((case, rows))
             print("\n".join(table(case, rows)), flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
-    if options.readme and text:
-        text.append(f"{machine()}; {', '.join(f'{k} {v}' for k, v in versions().items() if v != 'not installed')}.")
-        write_readme(Path(options.readme), "\n".join(text))
+    if results:
+        lines = [*summary(results, failed), *(line for case, rows in results for line in table(case, rows))]
+        print("\n".join(summary(results, failed)), flush=True)
+        if options.readme:
+            write_readme(Path(options.readme), "\n".join([*lines, made_with([r for _, rows in results for r in rows])]))
+    if options.json:
+        Path(options.json).write_text(json.dumps([r for _, rows in results for r in rows], indent=1), encoding="utf-8")
     return 1 if failed else 0
+
+
+def made_with(rows: list[Row]) -> str:
+    """Machine, versions and the digest of the code, over all rows."""
+    machines = sorted({r["machine"] for r in rows})
+    found = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items() if v != "not installed") for r in rows})
+    codes = sorted({r["code_digest"][:8] for r in rows})
+    return f"{'; '.join(machines)}. {'; '.join(found)}. Code {', '.join(codes)}."
 
 
 if __name__ == "__main__":
