@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from pipeline.config import parse_config
 from pipeline.executor import SerialExecutor
 from pipeline.progress import LogProgress
@@ -43,7 +45,9 @@ CONFIGS = {
         "name": "plane",
         "data": {"source": "python:tests.runs:moons", "validation": 0.2, "test": 0.3},
         "model": {"hidden": [8]},
+        "prior": {"precision": "auto"},
         **_COMMON,
+        "walk": {**_WALK, "length": "auto"},
     },
     "curve": {
         "name": "curve",
@@ -61,7 +65,9 @@ def moons():
     return make_moons(150, noise=0.25, random_state=0)
 
 
-def _stages(run: Run) -> None:
+def stages(run: Run) -> None:
+    """All stages in this process, with the one thread that a run takes by default: rounding depends on their number."""
+    torch.set_num_threads(1)
     progress = LogProgress()
     estimate(run, SerialExecutor(), progress)
     sample(run, SerialExecutor(), progress)
@@ -76,7 +82,7 @@ def finished(name: str) -> Run:
     folder = tempfile.mkdtemp(prefix="fwruns-")
     run = prepare(parse_config({**CONFIGS[name], "storage": folder}))
     claim(run)
-    _stages(run)
+    stages(run)
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,27 +12,30 @@ import torch
 from scipy.special import logsumexp
 
 from pipeline.bayes.baselines.laplace import Laplace
+from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.likelihood import Gaussian
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import load_problem
 from pipeline.progress import LogProgress
-from pipeline.run import Run
+from pipeline.run import Run, claim
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.evaluate import evaluate, evaluation_table
 from pipeline.stages.figures import FIGURES
-from pipeline.stages.methods import random_draws
+from pipeline.stages.methods import Unavailable, random_draws, second_opinion
 from pipeline.stages.paths import read_paths
 from pipeline.stages.predict import predict
-from pipeline.stages.select import RISE, VALIDATION, choose_radius, left_of_plateau, select
+from pipeline.stages.select import RISE, VALIDATION, choose_radius, left_of_plateau
+from pipeline.storage import Storage
 from pipeline.store import SampleStore
 from pipeline.streams import stream
 from tests.checks import assert_covariance
-from tests.runs import copy_of, finished
+from tests.runs import copy_of, finished, stages
 
 ALL = {"map", "walk", "deformation", "temperature", "random", "gaussian", "laplace", "laplace_linearised", "swag"}
-ALL |= {"ensemble", "ensemble_temperature"}
+ALL |= {"ensemble", "ensemble_temperature", "walk_temperature"}
+TUNED = {"temperature", "random", "laplace", "laplace_linearised", "swag", "ensemble_temperature", "walk_temperature"}
 DONE = ("evaluation.json", FIGURES)
 
 
@@ -51,6 +55,23 @@ def test_evaluation_has_what_the_contract_names(name, metrics):
     assert {"kind", "heldout_error", "potential_rise", "walk_potential_rise"} <= set(result["deformation"])
 
 
+@pytest.mark.parametrize(("name", "whole"), [("classes", "accuracy"), ("curve", "rmse")])
+def test_answering_every_row_is_the_whole_error(name, whole):
+    result = finished(name).storage.read_json("evaluation.json")
+    for method, curve in result["selective"].items():
+        value = result["methods"][method][whole]["value"]
+        assert curve[-1]["answered"] == 1.0
+        assert curve[-1]["value"] == pytest.approx(1 - value if whole == "accuracy" else value, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["classes", "curve"])
+def test_walk_with_temperature_is_held_against_the_tempered_ensemble(name):
+    result = finished(name).storage.read_json("evaluation.json")
+    pair = result["difference"]["walk_temperature-ensemble_temperature"]["nll"]
+    assert set(pair) == {"value", "se", "verdict"}
+    assert result["choices"]["walk_temperature"]["temperature"] > 0
+
+
 def test_detection_is_given_for_every_method_and_every_set():
     result = finished("classes").storage.read_json("evaluation.json")
     (by_method,) = result["ood"].values()
@@ -59,22 +80,25 @@ def test_detection_is_given_for_every_method_and_every_set():
     assert by_method["walk"]["auroc"]["value"] < 0.5
 
 
-@pytest.mark.parametrize("name", ["classes", "curve"])
-def test_no_choice_looks_at_test_targets(name, tmp_path):
+@pytest.mark.parametrize("name", ["plane", "curve"])
+def test_no_stage_looks_at_test_targets(name, tmp_path):
+    """Prior, noise, pilot, walks, radius, deformation and every baseline's choice are the same whatever the targets."""
     before = finished(name)
-    run = copy_of(name, tmp_path, *DONE, "radius.json")
-    test = run.dataset.test
+    assert before.config.prior.precision == "auto" or before.config.likelihood.noise_std is None
+    test = before.dataset.test
     shuffled = dataclasses.replace(test, y=stream(0, "test-shuffle").permutation(test.y))
-    run = Run(run.config, run.storage, dataclasses.replace(run.dataset, test=shuffled))
-    select(run, LogProgress())
-    evaluate(run, LogProgress())
+    storage = Storage.open(str(tmp_path)).child(before.config.run_id)
+    run = Run(before.config, storage, dataclasses.replace(before.dataset, test=shuffled))
+    claim(run)
+    stages(run)
+    judged = {"evaluation.json", FIGURES, "run.json", "config.yaml"}
+    made = [entry.path for entry in run.storage.list() if entry.path not in judged]
+    for part in ("map/", "plan.json", "walks/", "radius.json", "deformation/"):
+        assert any(path.startswith(part) for path in made)
+    different = [path for path in made if run.storage.read(path) != before.storage.read(path)]
+    assert different == []
     old, new = (r.storage.read_json("evaluation.json") for r in (before, run))
-    assert run.storage.read("radius.json") == before.storage.read("radius.json")
-    for field in ("choices", "radius", "rule", "radius_curve", "gamma"):
-        assert new[field] == old[field]
-    assert {"temperature", "random", "laplace", "laplace_linearised", "swag", "ensemble_temperature"} == set(
-        new["choices"]
-    )
+    assert set(new["choices"]) == TUNED and new["choices"] == old["choices"]
     assert new["methods"]["walk"]["nll"] != old["methods"]["walk"]["nll"]
 
 
@@ -199,6 +223,25 @@ def test_laplace_is_the_exact_posterior_of_a_linear_gaussian_model():
     model = Laplace.fit(potential, potential.network.theta())
     offsets = model.offsets(stream(1, "test-laplace"), 4000, 1.0)
     assert_covariance(offsets.numpy(), covariance)
+
+
+def test_laplace_torch_is_of_the_same_opinion_about_a_linear_gaussian_model():
+    pytest.importorskip("laplace", reason="laplace-torch cannot be an extra; " + INSTALL)
+    potential, covariance = linear_gaussian()
+    model = SecondOpinion(potential, potential.network.theta())
+    outputs = model.outputs(potential.x, 4000, 1.0, stream(1, "test-laplace"))[..., 0].numpy()
+    design = np.column_stack([potential.x.numpy(), np.ones(potential.rows)])
+    expected = np.einsum("ni,ij,nj->n", design, covariance, design)
+    # The relative standard error of a variance from 4000 draws is sqrt(2 / 4000) = .022: six of them.
+    assert np.allclose(outputs.var(axis=0) / expected, 1, atol=0.134)
+
+
+def test_where_laplace_torch_is_missing_the_table_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "laplace", None)
+    run = finished("curve")
+    comparison = Comparison.open(run, SampleStore.open(run.uri).plan, {})
+    with pytest.raises(Unavailable, match="needs laplace-torch .* pip install --no-deps laplace-torch"):
+        second_opinion(comparison)
 
 
 def test_linearised_laplace_equals_the_network_where_the_network_is_linear():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 from sklearn import metrics as reference
+from sklearn.calibration import calibration_curve
 
 from pipeline.bayes import metrics
 from pipeline.bayes.bootstrap import bootstrap, resample_counts, row_mean
@@ -53,6 +54,23 @@ def test_calibration_error_agrees_with_netcal(seed):
     p, y = random_classes(seed)
     ours = metrics.calibration_error(p, y, resample_counts(stream(seed, "b"), len(y), 20)).value
     assert ours == pytest.approx(float(netcal.ECE(15).measure(p, y)), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adaptive_calibration_error_agrees_with_scikit_learn(seed):
+    p, y = random_classes(seed, rows=30 * metrics.BINS)  # so that its quantile bins hold equally many rows, as ours do
+    ours = metrics.calibration_error(p, y, resample_counts(stream(seed, "b"), len(y), 20), adaptive=True).value
+    right, said = calibration_curve(p.argmax(1) == y, p.max(1), n_bins=metrics.BINS, strategy="quantile")
+    assert len(right) == metrics.BINS
+    assert ours == pytest.approx(np.abs(right - said).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adaptive_calibration_error_agrees_with_netcal(seed):
+    netcal = pytest.importorskip("netcal.metrics", reason="netcal is an optional second opinion")
+    p, y = random_classes(seed, rows=30 * metrics.BINS)
+    ours = metrics.calibration_error(p, y, resample_counts(stream(seed, "b"), len(y), 20), adaptive=True).value
+    assert ours == pytest.approx(float(netcal.ECE(metrics.BINS, equal_intervals=False).measure(p, y)), abs=1e-6)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -122,30 +140,43 @@ def rmse_of(number: int, rows: int = 300):
 def auroc_of(number: int, rows: int = 150):
     rng = stream(13, "test-coverage", number)
     inside, outside = rng.normal(size=rows), rng.normal(1.0, size=rows)
-    return metrics.detection_scores(inside, outside, stream(14, "test-coverage", number))["auroc"]
+    return metrics.detection_scores(inside, outside, stream(14, "test-coverage", number), 200)["auroc"]
 
 
 def mean_of(number: int, rows: int = 300):
     return row_mean(stream(15, "test-coverage", number).exponential(size=rows))
 
 
-# Nominal coverage 95 %. Limits: false alarm 1e-6 for the binomial law at 95 % less one point of bootstrap bias. With
-# 400 sets a standard error that is too small by 30 % (coverage 83 %) is caught with a chance above 0.99.
+def paired_of(number: int, rows: int = 300):
+    rng = stream(16, "test-coverage", number)
+    common, own = rng.exponential(size=rows), rng.normal(0.1, 0.3, size=rows)
+    return row_mean(common + own).minus(row_mean(common))
+
+
+# Nominal coverage 95 %. Limits: false alarm 1e-6 for the binomial law at 95 % give or take one point of bootstrap bias:
+# 351 and 399 of 400. A standard error too small by 30 % covers 2 Phi(1.96 x .7) - 1 = 83.0 %, and is caught with a
+# chance of .995; one that is twice too large covers 99.99 %, caught with a chance of .965.
 SETS = 400
 LOWEST = int(stats.binom.ppf(1e-6, SETS, 0.94))
+HIGHEST = int(stats.binom.isf(1e-6, SETS, 0.96))
 
 
 @pytest.mark.parametrize(
-    ("estimate", "truth", "sets"),
-    [(rmse_of, 1.0, SETS), (mean_of, 1.0, SETS), (auroc_of, stats.norm.cdf(1 / np.sqrt(2)), SETS // 4)],
+    ("estimate", "truth"),
+    [(rmse_of, 1.0), (mean_of, 1.0), (paired_of, 0.1), (auroc_of, stats.norm.cdf(1 / np.sqrt(2)))],
 )
-def test_standard_errors_cover_at_their_nominal_rate(estimate, truth, sets):
-    assert covered(estimate, truth, sets) >= int(stats.binom.ppf(1e-6, sets, 0.94))
+def test_standard_errors_cover_at_their_nominal_rate(estimate, truth):
+    assert LOWEST <= covered(estimate, truth, SETS) <= HIGHEST
 
 
-def test_the_coverage_check_catches_a_standard_error_too_small_by_thirty_percent():
-    assert stats.binom.cdf(LOWEST - 1, SETS, 2 * stats.norm.cdf(1.96 * 0.7) - 1) > 0.6
-    assert covered(lambda n: shrunk(rmse_of(n)), 1.0, SETS) < covered(rmse_of, 1.0, SETS)
+def test_the_coverage_check_has_the_stated_power():
+    def chance(size: float) -> float:
+        coverage = 2 * stats.norm.cdf(1.96 * size) - 1
+        return stats.binom.cdf(LOWEST - 1, SETS, coverage) + stats.binom.sf(HIGHEST, SETS, coverage)
+
+    assert chance(0.7) > 0.99 and chance(2.0) > 0.96
+    assert chance(1.0) < 1e-6
+    assert covered(lambda n: shrunk(rmse_of(n)), 1.0, SETS) < LOWEST
 
 
 def shrunk(score):
@@ -160,6 +191,21 @@ def test_paired_difference_is_sharper_than_independent_errors():
     assert difference.se < 0.1 * np.hypot(a.se, b.se)
     assert metrics.compare(b, a, "nll")["verdict"] == "better"
     assert metrics.compare(a, a, "nll")["verdict"] == "undecided"
+
+
+def test_selective_scores_are_points_of_the_curve_and_cover():
+    rng = stream(7, "test-selective")
+    uncertainty, loss = rng.integers(0, 40, size=200).astype(float), rng.uniform(size=200)
+    share, curve = metrics.selective_curve(uncertainty, loss)
+    counts = resample_counts(stream(7, "b"), 200, 300)
+    shares = (0.25, 0.5, 1.0)
+    points = metrics.selective_scores(uncertainty, loss, shares, counts)
+    expected = [curve[np.searchsorted(share, s - 1e-9)] for s in shares]
+    assert [p.value for p in points] == pytest.approx(expected, abs=1e-12)
+    # Answering all is the plain mean, whose bootstrap error is its plain one within four errors of 300 resamples.
+    assert points[-1].se == pytest.approx(loss.std() / np.sqrt(200), rel=4 / np.sqrt(600))
+    root = metrics.selective_scores(uncertainty, loss, shares, counts, root=True)
+    assert [p.value for p in root] == pytest.approx(np.sqrt(expected), abs=1e-12)
 
 
 def test_selective_curve_ends_at_the_mean_and_ignores_row_order():

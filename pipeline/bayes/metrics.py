@@ -134,7 +134,9 @@ def selective_curve(uncertainty: np.ndarray, loss: np.ndarray) -> tuple[np.ndarr
 
     Rows of equal uncertainty are answered together, so the curve does not depend on the order of the rows.
     """
-    order, smoothed = _smoothed(uncertainty, loss)
+    order = np.argsort(uncertainty, kind="stable")
+    _, inverse, sizes = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    smoothed = (np.bincount(inverse, weights=loss) / sizes)[inverse]
     number = np.arange(1, len(loss) + 1)
     return number / len(loss), np.cumsum(smoothed[order]) / number
 
@@ -151,16 +153,21 @@ def selective_scores(
         counts: Bootstrap counts, (resamples, rows).
         root: Take the root of the mean loss.
     """
-    order, smoothed = _smoothed(uncertainty, loss)
-    ranked = smoothed[order]
+    order = np.argsort(uncertainty, kind="stable")
+    first = np.unique(uncertainty[order], return_index=True)[1]
+    ranked = loss[order]
 
     def curve(share: float) -> Statistic:
         def statistic(weights: np.ndarray) -> np.ndarray:
-            number = np.cumsum(weights[:, order], axis=1)
-            last = (number < share * number[:, -1:] - 1e-9).sum(axis=1)
-            kept = np.arange(len(order)) <= last[:, None]
-            total = weights[:, order] * kept
-            mean = total @ ranked / total.sum(axis=1)
+            sizes = np.add.reduceat(weights[:, order], first, axis=1)
+            losses = np.add.reduceat(weights[:, order] * ranked, first, axis=1)
+            rows, total = np.cumsum(sizes, axis=1), np.cumsum(losses, axis=1)
+            wanted = share * rows[:, -1:]
+            # The group of equal uncertainty in which the share ends counts with the part that is needed of it.
+            last = (rows < wanted - 1e-9).sum(axis=1, keepdims=True)
+            pick = [np.take_along_axis(array, last, axis=1) for array in (rows, total, sizes, losses)]
+            part = (wanted - pick[0] + pick[2]) / pick[2]
+            mean = ((pick[1] - pick[3] + part * pick[3]) / wanted)[:, 0]
             return np.sqrt(mean) if root else mean
 
         return statistic
@@ -168,14 +175,9 @@ def selective_scores(
     return [bootstrap(curve(share), counts) for share in shares]
 
 
-def _smoothed(uncertainty: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order from certain to uncertain, and the loss averaged over rows of equal uncertainty."""
-    order = np.argsort(uncertainty, kind="stable")
-    _, inverse, sizes = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    return order, (np.bincount(inverse, weights=loss) / sizes)[inverse]
-
-
-def detection_scores(inside: np.ndarray, outside: np.ndarray, rng: np.random.Generator) -> dict[str, Score]:
+def detection_scores(
+    inside: np.ndarray, outside: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+) -> dict[str, Score]:
     """How well an uncertainty separates rows from outside the distribution from test rows.
 
     ``auroc``: chance that an outside row is more uncertain than an inside one, ties counting half. ``fpr95``: share of
@@ -186,11 +188,12 @@ def detection_scores(inside: np.ndarray, outside: np.ndarray, rng: np.random.Gen
         inside: Uncertainty of test rows, shape (n,).
         outside: Uncertainty of rows from elsewhere, (m,).
         rng: Stream of the resamples; the same stream for every method makes comparisons paired.
+        resamples: Bootstrap resamples; above ten million drawn rows fewer, never fewer than 200.
     """
     scores, inverse = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     places = (inverse[: len(inside)], inverse[len(inside) :])
     value = _detection(*(np.bincount(place, minlength=len(scores)) for place in places))
-    resamples = min(1000, max(200, 10_000_000 // len(inverse)))
+    resamples = min(resamples, max(200, 10_000_000 // len(inverse)))
     drawn = np.empty((resamples, 2))
     for line in drawn:
         chosen = (place[rng.integers(0, len(place), size=len(place))] for place in places)
