@@ -216,6 +216,17 @@ def init(
     out.print(f"Wrote {write_example(name)}. Edit data.source and data.target, then: fiberwalk run {name}.yaml")
 
 
+@app.command()
+def settings(as_json: AsJson = False) -> None:
+    """Print every setting of a configuration: what it takes, its default and what it does."""
+    from pipeline.config_reference import markdown, plain
+
+    if as_json:
+        _show(plain(), True, None)
+    else:
+        _write(markdown())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 failed on the way, 2 wrong input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)

@@ -48,6 +48,12 @@ def _limits(kind: str, low: float | None, above: float | None, high: float | Non
     return f"{kind} {' and '.join(parts)}".strip()
 
 
+def _described(check: Callable[[Any], Any], wanted: str) -> BeforeValidator:
+    """Let the reference of the settings say what a field takes, in the words of its message."""
+    check.__doc__ = wanted
+    return BeforeValidator(check)
+
+
 def number(
     *, low: float | None = None, above: float | None = None, high: float | None = None, words: Sequence[str] = ()
 ) -> BeforeValidator:
@@ -59,10 +65,11 @@ def number(
         found = as_number(value)
         inside = found is not None and (low is None or found >= low) and (above is None or found > above)
         if found is None or not inside or (high is not None and found > high):
-            raise ValueError("must be " + " or ".join([*map(repr, words), _limits("a number", low, above, high)]))
+            raise ValueError("must be " + wanted)
         return float(found)
 
-    return BeforeValidator(check)
+    wanted = " or ".join([*map(repr, words), _limits("a number", low, above, high)])
+    return _described(check, wanted)
 
 
 def integer(*, low: int, high: int | None = None, words: Sequence[str] = ()) -> BeforeValidator:
@@ -73,10 +80,11 @@ def integer(*, low: int, high: int | None = None, words: Sequence[str] = ()) -> 
             return value
         found = as_number(value)
         if found is None or found != int(found) or found < low or (high is not None and found > high):
-            raise ValueError("must be " + " or ".join([*map(repr, words), _limits("a whole number", low, None, high)]))
+            raise ValueError("must be " + wanted)
         return int(found)
 
-    return BeforeValidator(check)
+    wanted = " or ".join([*map(repr, words), _limits("a whole number", low, None, high)])
+    return _described(check, wanted)
 
 
 def choice(*names: str) -> BeforeValidator:
@@ -88,7 +96,7 @@ def choice(*names: str) -> BeforeValidator:
         near = nearest(str(value), names)
         raise ValueError(f"must be one of {', '.join(names)}" + (f" (did you mean {near}?)" if near else ""))
 
-    return BeforeValidator(check)
+    return _described(check, f"one of {', '.join(names)}")
 
 
 def sequence(of: Callable[[Any], Any]) -> BeforeValidator:
@@ -99,7 +107,7 @@ def sequence(of: Callable[[Any], Any]) -> BeforeValidator:
             raise ValueError("must be a list, such as [a, b]")
         return tuple(of(item) for item in value)
 
-    return BeforeValidator(check)
+    return _described(check, "a list, such as [a, b]")
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:

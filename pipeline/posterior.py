@@ -1,9 +1,25 @@
 """The posterior of a finished run: draws, predictions for new data, and state dicts for your own network.
 
-posterior = Posterior.load("runs/digits-1a2b3c")
-theta = posterior.draw(1000, seed=1)                      # (1000, D)
-mean, aleatoric, epistemic = posterior.predict(x)         # x as it was before standardisation
-network.load_state_dict(next(posterior.state_dicts(1)))
+`run_uri` stands for what 'fiberwalk run' prints first, a folder or an address on an object store. Here the inputs have
+two columns and there are two classes; `--trust-code` on the command line is `trust_code=True` here.
+
+>>> from pipeline.posterior import Posterior
+>>> posterior = Posterior.load(run_uri, trust_code=True)
+>>> theta = posterior.draw(100, seed=1)  # one forward pass of the deformation model
+>>> tuple(theta.shape) == (100, posterior.dim)
+True
+>>> mean, aleatoric, epistemic = posterior.predict([[0.5, -0.2], [9.0, 9.0]])  # x as it was before standardisation
+>>> mean.shape, aleatoric.shape, epistemic.shape
+((2, 2), (2,), (2,))
+>>> [state_dict["0.weight"].shape for state_dict in posterior.state_dicts(2)]
+[torch.Size([8, 2]), torch.Size([8, 2])]
+
+Draws feed torch.func, in the layout of `posterior.layout`:
+
+>>> import torch
+>>> network, x = posterior.problem(0).network, torch.zeros(3, 2)
+>>> tuple(torch.func.vmap(network.outputs, in_dims=(0, None))(theta, x).shape)
+(100, 3, 2)
 """
 
 from __future__ import annotations

@@ -64,7 +64,13 @@ def parse_path(path: str) -> BlockKey | None:
 
 
 class SampleStore:
-    """Blocks below one run. Holds nothing open; picklable; any number may write at once."""
+    """Blocks below one run. Holds nothing open; picklable; any number may write at once.
+
+    >>> store = SampleStore.open(run_uri)  # what 'fiberwalk run' printed; nothing is read yet
+    >>> table = store.dataset().to_table(columns=["walk", "step", "potential"])  # as any pyarrow data set
+    >>> table.num_rows == store.plan.walks * store.plan.records
+    True
+    """
 
     def __init__(self, storage: Storage, plan: WalkPlan, run_id: str):
         self.storage, self.plan, self.run_id = storage, plan, run_id

@@ -26,17 +26,17 @@ from pipeline.store import SampleStore
 from tests.s3server import KEY, SECRET, S3Server, free_ports
 
 SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
-# Many short shards, so that a node is lost in the middle of some of them.
+# Many short shards, so that a node is lost in the middle of some of them; then two Ray Train workers on what is left.
 LONGER = [
-    "name=submitted", "walk.walks=96", "walk.walks_per_shard=8", "walk.steps=400", "walk.record_every=20",
-    "deformation.kind=none",
+    "name=submitted", "walk.walks=96", "walk.walks_per_shard=8", "walk.steps=400", "walk.record_every=100",
+    "deformation.steps=40",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cluster(s3_server: S3Server) -> Iterator[LocalCluster]:
     head, dashboard, agent = free_ports(3)
-    with LocalCluster(2, 4, Ports(head, dashboard, agent), s3_server.environment) as started:
+    with LocalCluster(2, 2, Ports(head, dashboard, agent), s3_server.environment) as started:
         yield started
 
 
@@ -90,6 +90,7 @@ def test_a_job_that_loses_a_node_ends_with_the_serial_store_and_a_second_one_fin
     sample(reference, SerialExecutor(), LogProgress())
     assert store.digest() == SampleStore.open(reference.uri).digest()
     assert {entry.path for entry in store.storage.list()} >= {"evaluation.json", "report.html"}
+    assert store.storage.read_json("deformation/deformation.json")["workers"] == 2
 
     again = client(cluster, s3, *submit_command(cluster, storage))
     log, _ = again.communicate(timeout=240)

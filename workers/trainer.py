@@ -8,9 +8,10 @@ its checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def train(run: Run, job: FitJob) -> None:
         trainer = TorchTrainer(
             _WORKER,
             train_loop_config={"run": ray.put(run), "job": job},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=run.config.cluster.gpus_per_actor > 0),
+            scaling_config=_scaling(workers, run.config.cluster.gpus_per_actor),
             torch_config=TorchConfig(backend="gloo"),
             datasets={_points(rank): _dataset(run, job, rank, workers) for rank in range(workers)},
             dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
@@ -70,6 +71,33 @@ def train(run: Run, job: FitJob) -> None:
         except ray.train.TrainingFailedError as error:
             reason = _reason(error)
             raise RunError(f"The deformation of start {job.start} failed: {reason} Run again to go on.") from error
+
+
+def _scaling(workers: int, gpus: float) -> ScalingConfig:
+    """Ask for as much as leaves a whole processor to the task that reads, also after a node is lost.
+
+    Ray schedules by these numbers and nothing else: how many threads a worker computes with is set in it.
+    """
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    share = cpu_share([node.get("CPU", 0.0) for node in have], workers)
+    if not gpus:
+        return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": share})
+    accelerators = sum(node.get("GPU", 0.0) for node in have)
+    gpu_share = min(gpus, accelerators / workers) if accelerators else gpus
+    return ScalingConfig(num_workers=workers, use_gpu=True, resources_per_worker={"CPU": share, "GPU": gpu_share})
+
+
+def cpu_share(nodes: Sequence[float], workers: int) -> float:
+    """CPUs to ask for each training worker, given those of each node.
+
+    One, where the others still hold all workers and a reader when the largest node is lost; otherwise what fits the
+    smallest node beside a reader. Without this a cluster that has lost a node waits for ever: its workers have taken
+    all processors, and wait for rows that nobody can read.
+    """
+    have = [cpus for cpus in nodes if cpus > 0]
+    if not have or sum(have) - max(have) >= workers + 1:
+        return 1.0
+    return min(1.0, math.floor(max(0.0, min(have) - 1) / workers * 100) / 100)
 
 
 def train_worker(config: dict[str, Any]) -> None:
