@@ -109,7 +109,9 @@ def build_potential(
     likelihood = likelihood_of(run.config, run.dataset.schema, noise_std)
     x = to_tensors(run.dataset.train.x, network.dtype, network.device)
     y = targets(run.dataset.train, network)
-    form = form or choose_form(network.module, len(run.dataset.train.y), network.dim, network.device)
+    form = form or choose_form(
+        network.module, len(run.dataset.train.y), network.dim, network.device, batches=network.batches(x)
+    )
     kernel = Halving(nll_gradient(network, likelihood, x, y, form=form, compile=compile))
     vector = prior_precision(network.layout, precision, network.dtype).to(network.device)
     return Potential(network, likelihood, vector, x, y, kernel)

@@ -17,7 +17,8 @@ from pipeline.config import ModelConfig
 from pipeline.data.arrays import map_arrays
 from pipeline.data.schema import DataSchema, Part
 from pipeline.errors import InputError
-from pipeline.own_code import cause, load_function
+from pipeline.own_code import cause, load_function, off_stdout
+from pipeline.own_network import call_module, check_own
 from pipeline.resnet import resnet18
 from pipeline.weights import load_weights
 
@@ -49,14 +50,13 @@ def build_module(model: ModelConfig, schema: DataSchema, outputs: int, rng: np.r
         InputError: The network cannot be built, is no module, or does not fit the data.
     """
     with seeded(rng):
-        if model.architecture.startswith("python:"):
-            module = _own(model.architecture, schema, outputs)
-        else:
-            module = _built_in(model, schema, outputs)
-    if not _ends_in_linear(module):
-        module.register_forward_hook(_plain_output)
-    module.eval()
-    _check_module(module, model, schema, outputs)
+        own = model.architecture.startswith("python:")
+        module = _own(model.architecture, schema, outputs) if own else _built_in(model, schema, outputs)
+        if not _ends_in_linear(module):
+            module.register_forward_hook(_plain_output)
+        module.eval()
+        if own:
+            check_own(module, f"model.architecture: {model.architecture}", schema, outputs)
     return module
 
 
@@ -67,13 +67,6 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator.get_state())
         yield
-
-
-def call_module(module: nn.Module, x: Any) -> Tensor:
-    """Call a network on an input: a mapping by name, a tuple by position."""
-    if isinstance(x, dict):
-        return module(**x)
-    return module(*x) if isinstance(x, tuple) else module(x)
 
 
 @torch.no_grad()
@@ -206,9 +199,9 @@ def _own(spec: str, schema: DataSchema, outputs: int) -> nn.Module:
     function = load_function(spec, "model.architecture")
     offered = {"inputs": schema.input_shape, "outputs": outputs}
     try:
-        accepted = inspect.signature(function).parameters
-        module = function(**{name: value for name, value in offered.items() if name in accepted})
-    except Exception as error:
+        with off_stdout():
+            module = function(**_accepted(function, offered))
+    except (Exception, SystemExit) as error:
         raise InputError(f"model.architecture: {spec} failed: {cause(error)}") from error
     if not isinstance(module, nn.Module):
         raise InputError(
@@ -217,31 +210,12 @@ def _own(spec: str, schema: DataSchema, outputs: int) -> nn.Module:
     return module
 
 
-def _check_module(module: nn.Module, model: ModelConfig, schema: DataSchema, outputs: int) -> None:
-    where = f"model.architecture: {model.architecture}"
-    if next(module.parameters(), None) is None:
-        raise InputError(f"{where}: the network has no parameters")
-    for name, layer in module.named_modules():
-        if (
-            isinstance(layer, _NormBase)
-            and not layer.track_running_stats
-            and not isinstance(layer, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
-        ):
-            raise InputError(
-                f"{where}: {name} normalises by the batch even in eval mode, so that rows depend on each other; "
-                "set track_running_stats=True or use LayerNorm or GroupNorm"
-            )
-    dtype = next(module.parameters()).dtype
-    example = map_arrays(
-        lambda part: torch.zeros((2, *part.shape), dtype=dtype if part.dtype != "int64" else torch.int64), schema.parts
-    )
+def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """What of the offered a function takes: by name, or everything where it takes any name."""
     try:
-        with torch.no_grad():
-            result = call_module(module, example)
-    except Exception as error:
-        raise InputError(f"{where} does not take rows of shape {schema.input_shape}: {cause(error)}") from error
-    if not isinstance(result, Tensor) or tuple(result.shape) != (2, outputs):
-        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise InputError(
-            f"{where} must return {outputs} outputs a row, shape (2, {outputs}) for 2 rows; it returned {found}"
-        )
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some functions written in C do not tell
+        return {}
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}

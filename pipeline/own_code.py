@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -22,8 +23,9 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
         # returns may be pickled by reference to its module.
         sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
+        with off_stdout():
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
         where = "on PYTHONPATH or in the working directory"
         raise InputError(f"{setting}: {spec} does not import ({where}): {cause(error)}") from error
     function = getattr(module, function_name, None)
@@ -32,6 +34,11 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     if not callable(function):
         raise InputError(f"{setting}: {spec} is a {type(function).__name__}, not a function")
     return function
+
+
+def off_stdout() -> contextlib.AbstractContextManager[Any]:
+    """Send what the user's code prints to the standard error: the output holds results, which programs read."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def cause(error: BaseException) -> str:

@@ -33,7 +33,9 @@ VMAP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 log = logging.getLogger(__name__)
 
 
-def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.device, compile: bool = False) -> str:
+def choose_form(
+    module: nn.Module, rows: int, dim: int, device: str | torch.device, compile: bool = False, batches: bool = True
+) -> str:
     """The form that measures fastest for this kind of network; a rule of shapes, never of timing.
 
     Args:
@@ -42,7 +44,10 @@ def choose_form(module: nn.Module, rows: int, dim: int, device: str | torch.devi
         dim: Number of walked parameters.
         device: Where it is computed.
         compile: Whether the form may be compiled.
+        batches: Whether torch.func takes the network; see `Network.batches`.
     """
+    if not batches:
+        return "loop"
     if parse_chain(module, dim) is not None:
         return "batched"
     # One gradient of a larger network keeps a CPU core busy, and vmap's batching costs it more than it saves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from pipeline.bayes.attention import may_use_attention, plain_attention
-from pipeline.bayes.trees import Tree
+from pipeline.bayes.trees import Tree, take_rows
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Network:
 
     Parameters that the regular expression does not select, and all buffers, are held fixed. The module is put in eval
     mode: BatchNorm uses its stored statistics and dropout is off. A tied parameter appears once, under its first name.
+    Where some parameters require a gradient and others do not, those that do not are held fixed too.
 
     Args:
         module: Any torch module that returns one tensor of shape (rows, outputs).
@@ -80,18 +84,28 @@ class Network:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ):
+        named = dict(module.named_parameters())
+        free = {name for name, p in named.items() if p.requires_grad} or set(named)
+        pattern = re.compile(parameters)
+        names = [name for name in named if name in free and pattern.search(name)]
+        if not names:
+            some = ", ".join([name for name in named if name in free][:5])
+            raise InputError(f"model.parameters '{parameters}' matches no parameter of the network. It has: {some} ...")
         self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.dtype, self.device = dtype, torch.device(device)
         named = dict(module.named_parameters())
-        pattern = re.compile(parameters)
-        chosen = {name: p for name, p in named.items() if pattern.search(name)}
-        if not chosen:
-            some = ", ".join(list(named)[:5])
-            raise InputError(f"model.parameters '{parameters}' matches no parameter of the network. It has: {some} ...")
+        chosen = {name: named[name] for name in names}
         self.layout = ParameterLayout(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()))
         self._fixed = {name: p.detach() for name, p in named.items() if name not in chosen}
-        self._fixed.update(module.named_buffers())
+        self._buffers = dict(module.named_buffers())
+        self._writes: bool | None = None  # whether a call changes buffers; not known before the first
+        self._batches: bool | None = None
         self._attention = may_use_attention(module)
+
+    def in_dtype(self, dtype: torch.dtype) -> Network:
+        """The same network and the same walked parameters in another floating-point type; this one is used up."""
+        names = "|".join(re.escape(name) for name in self.layout.names)
+        return Network(self.module, f"^(?:{names})$", dtype, self.device)
 
     @property
     def dim(self) -> int:
@@ -110,12 +124,42 @@ class Network:
     def call(self, parameters: Mapping[str, Tensor], x: Tree) -> Tensor:
         """Network outputs for named parameters. A mapping is passed by name, a tuple by position."""
         args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple) else ((x,), {})
+        buffers = self._buffers
+        if self._writes is not False:  # a module that counts its calls, say: every call begins with the stored state
+            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         with plain_attention() if self._attention else nullcontext():
-            return functional_call(self.module, (dict(parameters), self._fixed), args, kwargs)
+            outputs = functional_call(self.module, (dict(parameters), self._fixed, buffers), args, kwargs)
+        if self._writes is None:
+            self._writes = any(buffer._version for buffer in buffers.values())
+        return outputs
 
     def outputs_many(self, theta: Tensor, x: Tree, chunk: int | None = None) -> Tensor:
         """Network outputs at many parameter vectors: (W, D) -> (W, rows, outputs); `chunk` of them at once."""
+        if not self.batches(x):
+            return torch.stack([self.outputs(t, x) for t in theta])
         return vmap(lambda t: self.outputs(t, x), chunk_size=chunk, randomness="error")(theta)
+
+    def batches(self, x: Tree) -> bool:
+        """Whether torch.func can evaluate the network for many parameter vectors at once, and differentiate it twice.
+
+        It cannot where control flow depends on values, or where functions have derivatives of their own. Such networks
+        are evaluated one after the other by plain autograd. Tried once, on the first two rows of x.
+        """
+        if self._batches is None:
+            few, theta = take_rows(x, slice(0, 2)), self.theta()
+
+            def loss(t: Tensor) -> Tensor:
+                return self.outputs(t, few).square().sum()
+
+            both = torch.stack([theta, theta])
+            try:
+                vmap(lambda t: self.outputs(t, few), randomness="error")(both)
+                vmap(lambda v: jvp(grad(loss), (theta,), (v,))[1], randomness="error")(both)
+                self._batches = True
+            except Exception as error:  # noqa: BLE001 - whatever the user's code raises there, the plain form may work
+                log.info("Evaluated one by one: torch.func refuses the network (%s).", type(error).__name__)
+                self._batches = False
+        return self._batches
 
     def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
         """Complete state for `load_state_dict`, with theta (D,) in place of the selected parameters."""

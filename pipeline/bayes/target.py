@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
+from pipeline.bayes import plain
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.params import Network, ParameterLayout
 from pipeline.bayes.trees import Tree, row_count, slice_rows, take_rows
@@ -84,7 +85,7 @@ class Potential:
 
     def nll(self, theta: Tensor) -> Tensor:
         """Summed negative log likelihood, (W, D) -> (W,), in nats."""
-        return torch.stack([sum((self._nll(t, x, y) for x, y in self._batches()), torch.zeros(())) for t in theta])
+        return torch.stack([sum((self.piece_nll(t, x, y) for x, y in self.pieces()), torch.zeros(())) for t in theta])
 
     def value(self, theta: Tensor) -> Tensor:
         """U, (W, D) -> (W,), in nats."""
@@ -97,16 +98,20 @@ class Potential:
 
     def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """Hessian of U times vectors: (D,), (k, D) -> (k, D)."""
+        if not self.network.batches(self.x):
+            return plain.hessian_products(self, theta, vectors)
         total = vectors * self.precision
-        for x, y in self._batches():
-            slope = grad(lambda t, x=x, y=y: self._nll(t, x, y))
+        for x, y in self.pieces():
+            slope = grad(lambda t, x=x, y=y: self.piece_nll(t, x, y))
             total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=32)(vectors)
         return total
 
     def gauss_newton(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """Gauss-Newton matrix of U times vectors: (J' Lambda J + diag alpha) v; (D,), (k, D) -> (k, D)."""
+        if not self.network.batches(self.x):
+            return plain.gauss_newton_products(self, theta, vectors)
         total = vectors * self.precision
-        for x, _ in self._batches():
+        for x, _ in self.pieces():
             outputs, pull = vjp(lambda t, x=x: self.network.outputs(t, x), theta)  # pyright: ignore[reportAssignmentType]
 
             def product(v: Tensor, x: Tree = x, outputs: Tensor = outputs, pull: Callable = pull) -> Tensor:
@@ -116,13 +121,15 @@ class Potential:
             total += vmap(product, chunk_size=32)(vectors)
         return total
 
-    def _nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
+    def piece_nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
+        """Summed NLL of some rows at one parameter vector, a scalar in nats."""
         return self.likelihood.nll(self.network.outputs(theta, x), y).sum()
 
-    def _batches(self) -> list[tuple[Tree, Tensor]]:
+    def pieces(self) -> list[tuple[Tree, Tensor]]:
+        """Inputs and targets in pieces of `row_batch` rows."""
         bounds = range(0, self.rows, self.row_batch)
         return [(slice_rows(self.x, b, b + self.row_batch), self.y[b : b + self.row_batch]) for b in bounds]
 
     def _reference_gradient(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
-        return vmap(grad_and_value(lambda t: self._nll(t, x, y)), chunk_size=32)(theta)
+        return vmap(grad_and_value(lambda t: self.piece_nll(t, x, y)), chunk_size=32)(theta)

@@ -14,7 +14,7 @@ from pipeline.data.columns import plain_values
 from pipeline.data.idx import read_idx_pair
 from pipeline.data.tables import read_bytes, read_csv, read_parquet
 from pipeline.errors import InputError
-from pipeline.own_code import cause, load_function
+from pipeline.own_code import cause, load_function, off_stdout
 
 _SKLEARN = ("digits", "breast_cancer", "diabetes", "iris", "wine")
 
@@ -117,8 +117,9 @@ def _npz(uri: str, setting: str) -> Raw:
 def _python(source: str, setting: str) -> Raw:
     function = load_function(source, setting)
     try:
-        result = function()
-    except Exception as error:
+        with off_stdout():
+            result = function()
+    except (Exception, SystemExit) as error:
         raise InputError(f"{setting}: {source} failed: {cause(error)}") from error
     if not isinstance(result, tuple) or len(result) != 2:
         raise InputError(f"{setting}: {source} must return (x, y), it returned {_kind(result)}")

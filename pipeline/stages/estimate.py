@@ -83,7 +83,7 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     dtype = torch.float64
     network = build_network(run.config, run.dataset.schema, settings.start, dtype, run.dataset.train.x)
     if network.dim > WIDE:
-        network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
+        network = network.in_dtype(torch.float32)
     potential, minimum, noise, precision, how = _fit(run, network, settings)
     rng = stream(run.config.seed, "curvature", settings.start)
     rank = run.config.walk.rank if run.config.walk.correction not in ("plain", "momentum") else 0
@@ -114,7 +114,7 @@ def check_weights(run: Run) -> None:
     if run.config.model.weights is None or run.config.map.polish:
         return
     if network.dim > WIDE:
-        network = Network(network.module, run.config.model.parameters, torch.float32, network.device)
+        network = network.in_dtype(torch.float32)
     precision = run.config.prior.precision
     if precision == "auto":
         raise InputError(

@@ -13,6 +13,7 @@ import torch
 from pipeline.bayes.kernels import choose_form, compile_pays
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import prior_precision
+from pipeline.bayes.trees import slice_rows, to_tensors
 from pipeline.build import DTYPES, device_of, load_network, start_folder
 from pipeline.executor import Executor
 from pipeline.plan import Shard, WalkPlan
@@ -102,7 +103,8 @@ def draft_plan(run: Run) -> WalkPlan:
         length = _tilted_length(network, info["prior_precision"])
     rows = len(run.dataset.train.y)
     batch = 0 if walk.batch_size == "full" else walk.batch_size
-    form = choose_form(network.module, batch or rows, network.dim, device_of(run.config))
+    few = to_tensors(slice_rows(run.dataset.train.x, 0, 2), network.dtype, network.device)
+    form = choose_form(network.module, batch or rows, network.dim, device_of(run.config), batches=network.batches(few))
     work = walk.walks * steps * walk.corrections
     compiled = walk.compile if walk.compile != "auto" else compile_pays(work, batch or rows, network.dim)
     records = math.ceil(steps / walk.record_every)

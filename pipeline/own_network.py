@@ -1,0 +1,134 @@
+"""What a user's own network must be like, found out before anything is computed or written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pipeline.data.arrays import map_arrays
+from pipeline.data.schema import DataSchema, Part
+from pipeline.errors import InputError
+from pipeline.own_code import cause, off_stdout
+
+_SAME = 1e-4
+"""Relative difference up to which two outputs count as the same in float32."""
+
+
+def call_module(module: nn.Module, x: Any) -> Tensor:
+    """Call a network on an input: a mapping by name, a tuple by position."""
+    if isinstance(x, dict):
+        return module(**x)
+    return module(*x) if isinstance(x, tuple) else module(x)
+
+
+def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -> None:
+    """Bring a module to single precision and try it on two rows.
+
+    Its buffers are as before afterwards. Layers that take their shapes from the first call have them then.
+
+    Args:
+        module: In eval mode.
+        where: Setting that named it, for messages.
+        schema: What inputs look like.
+        outputs: Columns that it must return.
+
+    Raises:
+        InputError: It does not take such rows, returns something else, has no or no finite parameters, mixes rows, is
+            random, or cannot be differentiated.
+    """
+    _check_layers(module, where)
+    example = map_arrays(_example, schema.parts)
+    first = _call(module, example, where, schema)
+    if not isinstance(first, Tensor) or tuple(first.shape) != (2, outputs):
+        found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise InputError(
+            f"{where} must return {outputs} outputs a row, shape (2, {outputs}) for 2 rows; it returned {found}"
+        )
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{where}: {name} begins with values that are not finite")
+    _check_repeats(module, example, first, where, schema)
+    _check_slope(module, example, where)
+
+
+def _check_layers(module: nn.Module, where: str) -> None:
+    if next(module.parameters(), None) is None:
+        raise InputError(f"{where}: the network has no parameters")
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise InputError(f"{where}: {name} is complex; parameters must be real numbers")
+    for name, layer in module.named_modules():
+        by_batch = isinstance(layer, _NormBase) and not layer.track_running_stats
+        if by_batch and not isinstance(layer, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
+            raise InputError(
+                f"{where}: {name} normalises by the batch even in eval mode, so that rows depend on each other; "
+                "set track_running_stats=True or use LayerNorm or GroupNorm"
+            )
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise InputError(f"{where}: no parameter has requires_grad, so that nothing is left to walk")
+    module.float()
+
+
+def _example(part: Part) -> Tensor:
+    """Two different rows of small numbers, or of token 0."""
+    if part.dtype == "int64":
+        return torch.zeros((2, *part.shape), dtype=torch.int64)
+    return torch.randn((2, *part.shape), generator=torch.Generator().manual_seed(0))
+
+
+def _call(module: nn.Module, x: Any, where: str, schema: DataSchema) -> Tensor:
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.no_grad(), off_stdout():
+            result = call_module(module, x)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{where} does not take rows of shape {schema.input_shape}: {cause(error)}") from error
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in buffers and buffer.shape == buffers[name].shape:
+                buffer.copy_(buffers[name])
+    return result
+
+
+def _check_repeats(module: nn.Module, example: Any, first: Tensor, where: str, schema: DataSchema) -> None:
+    """Equal rows must give equal outputs, whatever stands beside them and however often they are asked for."""
+    if not _close(_call(module, example, where, schema), first):
+        raise InputError(
+            f"{where} gives other outputs when it is called again with the same rows, in eval mode too; take what is "
+            "random out of its forward (dropout as a layer is off in eval mode)"
+        )
+    alone = map_arrays(lambda part: part[:1], example)
+    try:
+        with torch.no_grad(), off_stdout():
+            single = call_module(module, alone)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{where} does not take a single row: {cause(error)}") from error
+    if single.shape != first[:1].shape or not _close(single, first[:1]):
+        raise InputError(
+            f"{where}: the outputs of a row depend on the rows beside it, so that no likelihood of a row exists; "
+            "normalise by stored statistics (BatchNorm in eval mode) or within the row"
+        )
+
+
+def _check_slope(module: nn.Module, example: Any, where: str) -> None:
+    """The outputs must have a gradient by the parameters."""
+    free = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.enable_grad(), off_stdout():
+            found = torch.autograd.grad(call_module(module, example).sum(), free, allow_unused=True)
+    except RuntimeError as error:
+        raise InputError(f"{where} cannot be differentiated by its parameters: {cause(error)}") from error
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    if all(slope is None for slope in found):
+        raise InputError(f"{where}: no output depends on any parameter")
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    scale = float(other.abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=_SAME, atol=_SAME * max(scale, 1e-6), equal_nan=True)
