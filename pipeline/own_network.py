@@ -41,7 +41,8 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
     """
     _check_layers(module, where)
     example = map_arrays(_example, schema.parts)
-    first = _call(module, example, where, schema)
+    rows = f"rows of shape {schema.input_shape}"
+    first = _call(module, example, where, rows)
     if not isinstance(first, Tensor) or tuple(first.shape) != (2, outputs):
         found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise InputError(
@@ -50,7 +51,7 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{where}: {name} begins with values that are not finite")
-    _check_repeats(module, example, first, where, schema)
+    _check_repeats(module, example, first, where, rows)
     _check_slope(module, example, where)
 
 
@@ -79,13 +80,13 @@ def _example(part: Part) -> Tensor:
     return torch.randn((2, *part.shape), generator=torch.Generator().manual_seed(0))
 
 
-def _call(module: nn.Module, x: Any, where: str, schema: DataSchema) -> Tensor:
+def _call(module: nn.Module, x: Any, where: str, what: str) -> Tensor:
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with torch.no_grad(), off_stdout():
             result = call_module(module, x)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{where} does not take rows of shape {schema.input_shape}: {cause(error)}") from error
+        raise InputError(f"{where} does not take {what}: {cause(error)}") from error
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
@@ -93,19 +94,14 @@ def _call(module: nn.Module, x: Any, where: str, schema: DataSchema) -> Tensor:
     return result
 
 
-def _check_repeats(module: nn.Module, example: Any, first: Tensor, where: str, schema: DataSchema) -> None:
+def _check_repeats(module: nn.Module, example: Any, first: Tensor, where: str, rows: str) -> None:
     """Equal rows must give equal outputs, whatever stands beside them and however often they are asked for."""
-    if not _close(_call(module, example, where, schema), first):
+    if not _close(_call(module, example, where, rows), first):
         raise InputError(
             f"{where} gives other outputs when it is called again with the same rows, in eval mode too; take what is "
             "random out of its forward (dropout as a layer is off in eval mode)"
         )
-    alone = map_arrays(lambda part: part[:1], example)
-    try:
-        with torch.no_grad(), off_stdout():
-            single = call_module(module, alone)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{where} does not take a single row: {cause(error)}") from error
+    single = _call(module, map_arrays(lambda part: part[:1], example), where, "a single row")
     if single.shape != first[:1].shape or not _close(single, first[:1]):
         raise InputError(
             f"{where}: the outputs of a row depend on the rows beside it, so that no likelihood of a row exists; "

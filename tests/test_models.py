@@ -15,12 +15,20 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.func import grad, jvp
 
+from pipeline.bayes.kernels import choose_form, nll_gradient
+from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
-from pipeline.config import ModelConfig
+from pipeline.bayes.target import Potential
+from pipeline.config import ModelConfig, parse_config
 from pipeline.data.schema import DataSchema, Part
 from pipeline.errors import InputError
+from pipeline.executor import SerialExecutor
 from pipeline.models import build_module, calibrate_batchnorm, call_module, load_weights
+from pipeline.progress import LogProgress
 from pipeline.resnet import resnet18
+from pipeline.run import prepare
+from pipeline.stages.constant import collapse_note, constant_nll
+from pipeline.stages.estimate import estimate
 from pipeline.streams import stream
 
 
@@ -103,6 +111,14 @@ def test_token_numbers_need_a_network_of_ones_own() -> None:
         build_module(ModelConfig(), schema(parts=part(4, dtype="int64")), 3, stream(0, "init"))
 
 
+CALLS = (
+    "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    "        self.l = nn.Linear(5, 3)\n        self.register_buffer('calls', torch.zeros(1))\n"
+    "    def forward(self, x):\n"
+)
+"""A network of one layer and a buffer, without the body of its forward."""
+
+
 class TestOwnNetworks:
     def test_a_factory_is_told_what_it_asks_for(self, own: Any) -> None:
         spec = own("def make(outputs, inputs):\n    return nn.Linear(inputs[0], outputs)\n")
@@ -130,6 +146,21 @@ class TestOwnNetworks:
             ("def make():\n    return nn.Linear(5, 7)\n", ["must return 3 outputs", "(2, 7)"]),
             ("def make():\n    return nn.Linear(4, 3)\n", ["does not take rows of shape (5,)"]),
             ("def make():\n    return nn.Tanh()\n", ["no parameters"]),
+            ("import sys\n\ndef make():\n    sys.exit(3)\n", ["failed: SystemExit: 3"]),
+            (CALLS + "        return self.l(x + torch.randn_like(x))\n", ["other outputs when it is called again"]),
+            (CALLS + "        return self.l(x - x.mean(0))\n", ["depend on the rows beside it"]),
+            (CALLS + "        return self.l(x).detach()\n", ["cannot be differentiated"]),
+            (CALLS + "        return x[:, :3] + 0 * self.l(x).relu_().mul_(2)\n", ["cannot be differentiated"]),
+            ("def make():\n    return nn.Linear(5, 3).requires_grad_(False)\n", ["no parameter has requires_grad"]),
+            (
+                "def make():\n    net = nn.Linear(5, 3)\n    net.bias.data.fill_(float('nan'))\n    return net\n",
+                ["bias begins with values that are not finite"],
+            ),
+            (
+                "def make():\n    net = nn.Linear(5, 3)\n    net.c = nn.Parameter(torch.zeros(2, dtype=torch.cfloat))\n"
+                "    return net\n",
+                ["c is complex"],
+            ),
             ("import absent_package\n", ["does not import", "ModuleNotFoundError"]),
             ("def make(:\n", ["does not import", "SyntaxError"]),
             (
@@ -145,6 +176,56 @@ class TestOwnNetworks:
         assert "\n" not in str(error.value)
         for word in words:
             assert word in str(error.value)
+
+    def test_control_flow_that_depends_on_values_gives_the_same_derivatives(self, own: Any) -> None:
+        """torch.func cannot evaluate it for many networks at once; plain autograd can, one by one."""
+        branch = CALLS + "        h = torch.tanh(self.l(x))\n        return h if h.sum().item() > 1e9 else 2 * h\n"
+        module = build(architecture=own(branch))
+        plain = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3, bias=False))
+        plain.load_state_dict({"0.weight": module.l.weight, "0.bias": module.l.bias, "2.weight": 2 * torch.eye(3)})  # pyright: ignore
+        x, y = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(20) % 3
+        potentials = []
+        for network in (Network(module, dtype=torch.float64), Network(plain, "0", torch.float64)):
+            form = choose_form(network.module, 20, network.dim, "cpu", batches=network.batches(x))
+            kernel = nll_gradient(network, Categorical(3), x, y, form=form)
+            potentials.append(Potential(network, Categorical(3), torch.ones(18).double(), x, y, kernel, row_batch=7))
+            assert (form == "loop") == (network.module is module)
+        theta = torch.stack([potentials[0].network.theta(), 0.5 * potentials[0].network.theta()])
+        vectors = torch.randn(4, 18, generator=torch.Generator().manual_seed(1)).double()
+        for one, other in (
+            [p.gradient(theta)[0] for p in potentials],
+            [p.value(theta) for p in potentials],
+            [p.hvp(theta[0], vectors) for p in potentials],
+            [p.gauss_newton(theta[0], vectors) for p in potentials],
+            [p.network.outputs_many(theta, x) for p in potentials],
+        ):
+            torch.testing.assert_close(one, other)
+
+    def test_a_module_that_counts_its_calls_is_the_same_function_at_every_call(self, own: Any) -> None:
+        body = "        self.calls += 1\n        return self.l(x) * self.calls\n"
+        network = Network(build(architecture=own(CALLS + body)))
+        x = torch.ones(2, 5)
+        first = network.outputs(network.theta(), x)
+        assert torch.equal(network.outputs(network.theta(), x), first) and network.batches(x)
+        assert float(network.module.calls) == 0  # pyright: ignore
+        torch.func.grad(lambda t: network.outputs(t, x).sum())(network.theta())
+
+    def test_what_the_user_froze_stays_frozen(self, own: Any) -> None:
+        net = "    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))\n    net[0].requires_grad_(False)\n"
+        network = Network(build(architecture=own(f"def make():\n{net}    return net\n")))
+        assert network.layout.names == ("2.weight", "2.bias")
+        assert network.in_dtype(torch.float64).layout.names == ("2.weight", "2.bias")
+
+    def test_what_it_prints_does_not_mix_with_results(self, own: Any, capsys: Any) -> None:
+        body = "def make():\n    print('building')\n    return nn.Linear(5, 3)\n"
+        build(architecture=own("print('importing')\n" + body))
+        assert capsys.readouterr() == ("", "importing\nbuilding\n")
+
+    @pytest.mark.parametrize("dtype", ["half", "bfloat16", "double"])
+    def test_any_floating_type_becomes_single_precision(self, dtype: str, own: Any) -> None:
+        net = f"nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).{dtype}())"
+        module = build(architecture=own(f"def make():\n    return {net}\n"))
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
     def test_a_module_that_does_not_exist(self) -> None:
         with pytest.raises(InputError, match="python:nowhere.at_all:make does not import"):
@@ -310,3 +391,31 @@ class TestWeights:
             load_weights(build(), str(tmp_path / "w.safetensors"))
         with pytest.raises(InputError, match="no such file"):
             load_weights(build(), str(tmp_path / "absent.safetensors"))
+
+
+class TestCollapse:
+    """A prior that holds all weights at zero leaves a network that knows the class frequencies and nothing else."""
+
+    def test_a_network_held_at_zero_is_named_with_the_setting_that_holds_it(self, caplog: Any, tmp_path: Path) -> None:
+        notes = self._notes(tmp_path, caplog, {"precision": 1e6})
+        assert "predicts no better than the class frequencies" in notes and "prior.precision (now 1e+06)" in notes
+
+    def test_a_network_that_learned_something_is_not(self, caplog: Any, tmp_path: Path) -> None:
+        assert "no better" not in self._notes(tmp_path, caplog, {"precision": 1.0})
+
+    def test_a_regression_that_returns_the_mean(self) -> None:
+        config = parse_config({"name": "r", "data": {"source": "sklearn:diabetes", "task": "regression"}})
+        y = stream(0, "init").standard_normal(500)
+        info = {"start": 0, "noise_std": 0.8, "prior_precision": 1.0}
+        constant = constant_nll(config, y, 0.8)
+        exact = -np.mean([math.log(1 / 0.8 / math.sqrt(2 * math.pi)) - (v - y.mean()) ** 2 / (2 * 0.64) for v in y])
+        assert constant == pytest.approx(exact)
+        assert collapse_note(config, y, {**info, "nll": 500 * exact})
+        assert collapse_note(config, y, {**info, "nll": 500 * (exact - 0.2)}) is None
+
+    def _notes(self, place: Path, caplog: Any, prior: dict[str, float]) -> str:
+        settings = {"name": "c", "data": {"source": "sklearn:iris"}, "model": {"hidden": [4]}, "map": {"steps": 100}}
+        run = prepare(parse_config({**settings, "prior": prior, "storage": str(place), "walk": {"rank": 2}}))
+        with caplog.at_level("INFO", logger="fiberwalk"):
+            estimate(run, SerialExecutor(), LogProgress())
+        return caplog.text

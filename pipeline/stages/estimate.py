@@ -23,6 +23,7 @@ from pipeline.executor import Executor
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.stages.constant import collapse_note
 from pipeline.stages.scale import Scale, choose_scale, noise_of
 
 QUASI_NEWTON_STEPS = 3000
@@ -72,6 +73,9 @@ def _run_starts(run: Run, executor: Executor, progress: Progress, bar: Any, item
             f"MAP {item.start}: U = {info['potential']:.2f} nats, gradient {info['grad_norm']:.1e}, "
             f"largest curvature {info['lambda_max']:.3g}, gamma {info['gamma']:.1f} of {info['dim']} parameters{noise}"
         )
+        warning = collapse_note(run.config, run.dataset.train.y, info)
+        if warning:
+            progress.note(warning)
 
 
 def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
