@@ -182,12 +182,11 @@ def test_rule_of_the_radius(task, validation, gamma, radius, rule):
 
 
 def test_the_radius_is_the_left_end_of_the_plateau_around_the_best():
-    scores = np.array([0.30, 0.2504, 0.2503, 0.2502, 0.25, 0.2505])
-    wide = np.full(6, 0.1)
-    assert left_of_plateau(scores, wide) == 1, "a difference without practical meaning is none"
-    assert left_of_plateau(scores, np.full(6, 1e-4)) == 4, "a difference beyond its error counts, however small"
-    assert left_of_plateau(np.array([0.2502, 0.28, 0.2502, 0.25]), np.full(4, 0.1)) == 2, "no leap over worse radii"
-    assert left_of_plateau(np.array([np.nan, 0.25, np.nan, 0.25]), np.full(4, 0.1)) == 1
+    scores = np.array([0.30, 0.2508, 0.2503, 0.2502, 0.25, 0.2505])
+    assert left_of_plateau(scores, np.full(6, 1e-4)) == 1, "an excess without practical meaning is none"
+    assert left_of_plateau(scores, np.full(6, 0.1)) == 4, "what cannot be told is not taken on trust"
+    assert left_of_plateau(np.array([0.2502, 0.28, 0.2502, 0.25]), np.full(4, 1e-4)) == 2, "no leap over worse radii"
+    assert left_of_plateau(np.array([np.nan, 0.25, np.nan, 0.25]), np.full(4, 1e-4)) == 1
 
 
 def test_draws_are_dealt_to_starts_in_equal_parts():

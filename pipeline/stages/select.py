@@ -23,8 +23,8 @@ RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
 
 TILTED = "end of the tilted walk, whose endpoints are the draws"
 
-EQUAL = 0.002
-"""Scores that differ by less, relative to 0.5 + the best validation NLL in nats a row, are equal in practice."""
+MARGIN = 0.005
+"""A radius is as good as the best if it is surely not worse by more than this, relative to 0.5 + the best NLL."""
 
 
 def select(run: Run, report: Progress) -> None:
@@ -59,7 +59,7 @@ def select(run: Run, report: Progress) -> None:
 def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilted: bool = False) -> dict[str, Any]:
     """Apply the rule to a curve: {"radius", "rule", "validation_radius"}."""
     scores = np.array([np.nan if p["validation_nll"] is None else p["validation_nll"] for p in curve])
-    errors = np.array([0.0 if p.get("validation_se") is None else p["validation_se"] for p in curve])
+    errors = np.array([np.inf if p.get("validation_se") is None else p["validation_se"] for p in curve])
     best = None if np.isnan(scores).all() else float(curve[left_of_plateau(scores, errors)]["radius"])
     if tilted:
         return {"radius": float(curve[-1]["radius"]), "rule": TILTED, "validation_radius": best}
@@ -71,19 +71,21 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
 
 
 def left_of_plateau(scores: np.ndarray, errors: np.ndarray) -> int:
-    """Shortest radius of the stretch around the best score in which no score is worse for all that can be told.
+    """Shortest radius of the stretch around the best score that is surely as good for all that matters.
 
     Where the curve is flat, its minimum is decided by noise, and a longer walk lies further from what is known: points
-    there are harder to learn and no better. A score counts as equal while it exceeds the best by less than the standard
-    error of the paired difference, and by less than `EQUAL`.
+    there are harder to learn and no better. A radius counts as good while its excess over the best and one standard
+    error of that paired difference together stay within `MARGIN`. An error that is large does not excuse an excess: at
+    short radii it comes from few rows on which the network is confidently wrong, and a small validation split holds
+    too few of them.
 
     Args:
         scores: Mean validation NLL at each radius, (radii,); NaN where there is none.
         errors: Standard error of its paired difference to the best, (radii,).
     """
     best = index = int(np.nanargmin(scores))
-    allowed = np.minimum(errors, EQUAL * (0.5 + abs(scores[best])))
-    while index and scores[index - 1] - scores[best] <= allowed[index - 1]:
+    margin = MARGIN * (0.5 + abs(scores[best]))
+    while index and scores[index - 1] - scores[best] + errors[index - 1] <= margin:
         index -= 1
     return index
 
