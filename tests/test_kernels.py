@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bayes.batched import BatchedChain, block_rows, chunk_walks, even_parts
-from pipeline.bayes.chain import Layer, parse_chain
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.halving import Halving
 from pipeline.bayes.kernels import choose_form, compile_pays, nll_gradient
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
+from pipeline.bayes.passes import Weights
 from pipeline.errors import InputError
 from tests.test_models import build
 
@@ -97,18 +98,23 @@ CONV_NETS = {
 
 
 def problem(
-    module: nn.Module, likelihood: Likelihood, dtype: torch.dtype, shape: tuple[int, ...] = (4,), walks: int = 5
+    module: nn.Module,
+    likelihood: Likelihood,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (4,),
+    walks: int = 5,
+    rows: int = ROWS,
 ):
     """The network, data, and walks around one point: (network, x, y, theta)."""
     rng = np.random.default_rng(0)
     network = Network(module, dtype=dtype)
-    x = torch.from_numpy(rng.standard_normal((ROWS, *shape))).to(dtype)
+    x = torch.from_numpy(rng.standard_normal((rows, *shape))).to(dtype)
     if isinstance(likelihood, Categorical):
-        y = torch.from_numpy(rng.integers(0, likelihood.classes, ROWS))
+        y = torch.from_numpy(rng.integers(0, likelihood.classes, rows))
     elif isinstance(likelihood, Bernoulli):
-        y = torch.from_numpy(rng.integers(0, 2, ROWS))
+        y = torch.from_numpy(rng.integers(0, 2, rows))
     else:
-        y = torch.from_numpy(rng.standard_normal(ROWS)).to(dtype)
+        y = torch.from_numpy(rng.standard_normal(rows)).to(dtype)
     theta = torch.from_numpy(rng.standard_normal((walks, network.dim))).to(dtype) * 0.6
     return network, x, y, theta
 
@@ -207,6 +213,18 @@ def test_equal_maxima_give_their_slope_to_the_first_as_in_torch():
     assert_same(found, truth(network, Categorical(3), x, y, theta), torch.float64)
 
 
+@pytest.mark.parametrize("name", [*LIKELIHOODS, "image"])
+def test_rows_that_fill_up_a_block_count_for_nothing(name):
+    likelihood, outputs = LIKELIHOODS.get(name, (Categorical(3), 3))
+    module, shape = (conv_net(3), (1, 8, 8)) if name == "image" else (mlp(nn.Softplus(), outputs), (4,))
+    network, x, y, theta = problem(module, likelihood, torch.float64, shape, rows=62)
+    kernel = nll_gradient(network, likelihood, x, y, form="batched")
+    assert isinstance(kernel, BatchedChain)
+    assert kernel.blocks[0][0].shape[-1] == 64
+    for _ in range(2):
+        assert_same(kernel(theta), truth(network, likelihood, x, y, theta), torch.float64)
+
+
 @pytest.mark.parametrize("walks", [2, 50])
 @pytest.mark.parametrize("rows", [5, 16, 37])
 @pytest.mark.parametrize("image", [False, True])
@@ -244,17 +262,17 @@ def test_the_check_catches_a_dropped_gradient(broken, monkeypatch):
     network, x, y, theta = problem(module, Categorical(3), torch.float32, shape)
     kernel = nll_gradient(network, Categorical(3), x, y, form="batched")
     assert isinstance(kernel, BatchedChain)
-    layer, whole = kernel.layers[1], Layer.write
+    layer, whole = kernel.layers[1], Weights.write
 
-    def write(self: Layer, packed: Tensor, gradient: Tensor) -> None:
-        whole(self, packed, gradient)
-        if self == layer and part == "bias":
-            cast(Tensor, self.biases(gradient)).zero_()
-        elif self == layer:
-            self.weights(gradient)[:, 0, 0] *= 1.01
+    def write(self: Weights, gradient: Tensor) -> None:
+        whole(self, gradient)
+        if self.layer == layer and part == "bias":
+            cast(Tensor, layer.biases(gradient)).zero_()
+        elif self.layer == layer:
+            layer.weights(gradient)[:, 0, 0] *= 1.01
 
     assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float32)
-    monkeypatch.setattr(Layer, "write", write)
+    monkeypatch.setattr(Weights, "write", write)
     with pytest.raises(AssertionError, match="gradient"):
         assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float32)
 

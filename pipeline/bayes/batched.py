@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.bayes.chain import Chain, Layer
 from pipeline.bayes.likelihood import Likelihood
@@ -17,12 +18,15 @@ from pipeline.bayes.losses import Loss, loss_of
 from pipeline.bayes.passes import LayerPass, Weights
 from pipeline.errors import InputError
 
-Block = tuple[Tensor, Loss]
-"""Inputs of some rows, features-major as the first layer takes them, and the loss of their targets."""
+Block = tuple[Tensor, Loss, int]
+"""Inputs of some rows, features-major as the first layer takes them; the loss of their targets; how many they are."""
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+LINE = 16
+"""Rows of a block are filled up to a multiple of this where it costs little: products then start at cache lines."""
+
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cpu images": 1 << 18, "cuda": 1 << 25, "cuda images": 1 << 25}
 """Most elements between the layers of one walk and one block of rows; they stay in a processor's cache."""
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cpu images": 1 << 20, "cuda": 1 << 27, "cuda images": 1 << 27}
 """Most elements between the layers of one chunk of walks and one block of rows."""
 CHUNK_WALKS = {"cpu": (2, 64), "cuda": (2, 4096)}
 """Fewest and most walks of a chunk: each call of an operation has its cost."""
@@ -62,14 +66,14 @@ class BatchedChain:
         self.shape = tuple(x.shape[1:])
         self.x = x if image else torch.cat([x, x.new_ones(len(x), 1)], 1)
         self.most_walks, self.most_rows = walks, rows
-        self._blocks = self._split(self.x, y)
+        self.blocks = self._split(self.x, y)
         self._weights: dict[int, list[Weights]] = {}
         self._passes: dict[tuple[int, int], list[LayerPass]] = {}
 
     @torch.no_grad()
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """theta (W, D) -> gradient (W, D) and summed NLL (W,), over all rows or those with these numbers."""
-        blocks = self._blocks if rows is None else self._split(self.x[rows], self.y[rows])
+        blocks = self.blocks if rows is None else self._split(self.x[rows], self.y[rows])
         gradient, nll = torch.empty_like(theta), theta.new_empty(len(theta))
         most = self.most_walks or chunk_walks(self.layers, self.shape, blocks[0][0].shape[-1], theta.device.type)
         for first, last in even_parts(len(theta), most):
@@ -80,33 +84,32 @@ class BatchedChain:
         weights = self._weights_of(len(theta))
         for held in weights:
             held.read(theta)
-        value = torch.empty_like(nll)
-        nll.zero_()
-        for number, (x, loss) in enumerate(blocks):
+        for number, (x, loss, rows) in enumerate(blocks):
             passes = self._passes_of(len(theta), x.shape[-1])
             passes[0].feed(x)
-            for this, following in zip(passes[:-1], passes[1:], strict=True):
-                this.forward(following.input)
-            passes[-1].forward(None)
-            loss(passes[-1].slope, value)
-            self._backward(passes, share=1.0 if number else 0.0)
-            nll.add_(value)
+            for layer in passes:
+                layer.forward()
+            value = torch.empty_like(nll) if number else nll
+            passes[-1].end(loss, rows, value)
+            share = 1.0 if number else 0.0
+            passes[-1].backward(share)
+            for layer in passes[-2::-1]:
+                layer.backward_activation()
+                layer.backward(share)
+            if number:
+                nll.add_(value)
         for held in weights:
             held.write(gradient)
-
-    def _backward(self, passes: list[LayerPass], share: float) -> None:
-        passes[-1].backward(passes[-2].output_slope if len(passes) > 1 else None, share)
-        for i in range(len(passes) - 2, -1, -1):
-            passes[i].backward_activation()
-            passes[i].backward(passes[i - 1].output_slope if i else None, share)
 
     def _split(self, x: Tensor, y: Tensor) -> list[Block]:
         most = self.most_rows or block_rows(self.layers, self.shape, x.device.type)
         blocks = []
         for first, last in even_parts(len(x), most):
             part = x[first:last]
-            part = part.permute(1, 2, 3, 0).contiguous() if self.image else part.T.contiguous()
-            blocks.append((part, loss_of(self.likelihood, y[first:last], x.dtype)))
+            part = part.permute(1, 2, 3, 0) if self.image else part.T
+            empty = -(last - first) % LINE
+            filled = functional.pad(part, (0, empty if empty * LINE <= last - first else 0)).contiguous()
+            blocks.append((filled, loss_of(self.likelihood, y[first:last], x.dtype), last - first))
         return blocks
 
     def _weights_of(self, walks: int) -> list[Weights]:
@@ -124,7 +127,7 @@ class BatchedChain:
                 self._passes.clear()
             shape, passes = self.shape, []
             for weights in self._weights_of(walks):
-                passes.append(LayerPass(weights, shape, rows, self.x))
+                passes.append(LayerPass(weights, shape, rows, self.x, passes[-1] if passes else None))
                 shape = passes[-1].output_shape
             self._passes[key] = passes
         return self._passes[key]
@@ -139,18 +142,21 @@ def even_parts(count: int, most: int) -> list[tuple[int, int]]:
 
 def block_rows(layers: tuple[Layer, ...], shape: tuple[int, ...], device: str = "cpu") -> int:
     """Rows of a block: what one walk needs between its layers fits the cache."""
-    return max(32, BLOCK_ELEMENTS[_kind(device)] // _elements(layers, shape) // 16 * 16)
+    fewest = LINE if layers[0].window else 2 * LINE
+    return max(fewest, BLOCK_ELEMENTS[_kind(device, layers)] // _elements(layers, shape) // LINE * LINE)
 
 
 def chunk_walks(layers: tuple[Layer, ...], shape: tuple[int, ...], rows: int, device: str = "cpu") -> int:
     """Walks of a chunk: what they need between their layers and for their weights fits the cache."""
     weights = sum(2 * layer.inputs * layer.outputs for layer in layers)
-    fewest, most = CHUNK_WALKS[_kind(device)]
-    return max(fewest, min(most, CHUNK_ELEMENTS[_kind(device)] // (_elements(layers, shape) * rows + weights)))
+    fewest, most = CHUNK_WALKS["cpu" if device == "cpu" else "cuda"]
+    elements = _elements(layers, shape) * rows + weights
+    return max(fewest, min(most, CHUNK_ELEMENTS[_kind(device, layers)] // elements))
 
 
-def _kind(device: str) -> str:
-    return "cpu" if device == "cpu" else "cuda"
+def _kind(device: str, layers: tuple[Layer, ...]) -> str:
+    # The windows of convolutions are written and read once more, and want a cache that is nearer.
+    return ("cpu" if device == "cpu" else "cuda") + (" images" if layers[0].window else "")
 
 
 def _elements(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.bayes.activations import IDENTITY, Activation, activation_of
@@ -34,6 +33,11 @@ class Pool:
     mean: bool
     """Mean of the window; otherwise its maximum."""
 
+    @property
+    def count(self) -> int:
+        """What the sum over a window is divided by: its size for a mean, one for a maximum."""
+        return self.size[0] * self.size[1] if self.mean else 1
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -59,35 +63,25 @@ class Layer:
 
     def weights(self, theta: Tensor) -> Tensor:
         """View of the weight matrices, (W, D) -> (W, outputs, inputs)."""
-        part = theta[:, self.weight : self.weight + self.inputs * self.outputs]
-        return part.view(len(theta), self.outputs, self.inputs)
+        row, column = theta.stride()
+        size, strides = (len(theta), self.outputs, self.inputs), (row, column * self.inputs, column)
+        return theta.as_strided(size, strides, theta.storage_offset() + self.weight * column)
 
     def biases(self, theta: Tensor) -> Tensor | None:
         """View of the biases, (W, D) -> (W, outputs)."""
-        return None if self.bias is None else theta[:, self.bias : self.bias + self.outputs]
+        return None if self.bias is None else theta.narrow(1, self.bias, self.outputs)
 
-    def read(self, theta: Tensor, packed: Tensor) -> None:
-        """Weights and biases as they act on the core values s: packed (W, outputs, inputs + 1)."""
-        q, p, r = self.after.inner, self.before.outer, self.before.shift
-        weight, bias, column = self.weights(theta), self.biases(theta), packed[:, :, -1]
-        torch.mul(weight, q * p, out=packed[:, :, :-1])
-        if r:
-            torch.sum(weight, 2, out=column)
-            column.mul_(q * r)
-        else:
-            column.zero_()
-        if bias is not None:
-            column.add_(bias, alpha=q)
+    @property
+    def inner(self) -> float:
+        """What the sums are scaled by: q of the activation, and 1 / n where means over n are pooled first."""
+        return self.after.inner / (self.pool.count if self.pool and self.pool_first else 1)
 
-    def write(self, packed: Tensor, gradient: Tensor) -> None:
-        """The gradient with respect to packed, brought back to weights and biases in the flat gradient (W, D)."""
-        q, p, r = self.after.inner, self.before.outer, self.before.shift
-        weight, bias, column = self.weights(gradient), self.biases(gradient), packed[:, :, -1:]
-        torch.mul(packed[:, :, :-1], q * p, out=weight)
-        if r:
-            weight.add_(column, alpha=q * r)
-        if bias is not None:
-            torch.mul(column[:, :, 0], q, out=bias)
+    @property
+    def passed_on(self) -> Activation:
+        """The activation as the next layer's weights take it in: with 1 / n where means over n are pooled after it."""
+        if self.pool is None or self.pool_first or self.pool.count == 1:
+            return self.after
+        return replace(self.after, outer=self.after.outer / self.pool.count)
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def parse_chain(module: nn.Module, dim: int) -> Chain | None:
         if isinstance(leaf, nn.Flatten) and layers and (leaf.start_dim, leaf.end_dim) == (1, -1):
             image = False
         elif layer is not None and not (image and layers and layer.window is None):
-            layers.append(replace(layer, before=layers[-1].after if layers else IDENTITY))
+            layers.append(replace(layer, before=layers[-1].passed_on if layers else IDENTITY))
             offset += layer.inputs * layer.outputs + (0 if layer.bias is None else layer.outputs)
             image = layer.window is not None
         else:

@@ -2,6 +2,8 @@
 
 Values lie features-major with rows innermost: (walks, features, rows), and images as (walks, channels, height, width,
 rows). The inputs of a product carry one more feature that is always 1, so that biases come out of the same product.
+Buffers live as long as the pass, so that every view of them is made once: for small networks a view costs as much as
+the operation on it.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.bayes.chain import Layer, Pool, Window
+from pipeline.bayes.chain import Layer
+from pipeline.bayes.losses import Loss
+from pipeline.bayes.windows import Fold, Pooling, Unfold
 
 
 class Weights:
@@ -24,26 +28,53 @@ class Weights:
 
     def __init__(self, layer: Layer, walks: int, like: Tensor, first: bool):
         self.layer, self.walks, self.first = layer, walks, first
-        self.packed = like.new_empty(walks, layer.outputs, layer.inputs + 1)
-        self.slope = torch.empty_like(self.packed)
-        if not first:
-            # Held transposed: with the longer side first these products run up to twice as fast.
-            self.slope = like.new_empty(walks, layer.inputs + 1, layer.outputs).transpose(1, 2)
+        self.packed = like.new_zeros(walks, layer.outputs, layer.inputs + 1)
+        # Held transposed after the first layer: with the longer side first these products run up to twice as fast.
+        turned = (walks, layer.inputs + 1, layer.outputs)
+        self.slope = torch.empty_like(self.packed) if first else like.new_empty(turned).transpose(1, 2)
+        self.turned = self.packed.transpose(1, 2)
+        self._rows = self.packed.flatten(0, 1)
+        self._sum = self.slope.flatten(0, 1) if first else self.slope.transpose(1, 2)
+        self._weight, self._bias = self.packed[:, :, :-1], self.packed[:, :, -1]
+        self._weight_slope, self._bias_slope = self.slope[:, :, :-1], self.slope[:, :, -1]
+        self._q, self._p, self._r = layer.inner, layer.before.outer, layer.before.shift
+        # As tensors: a number is made one at each call.
+        self._qp, self._qr, self._q1 = (like.new_tensor(v) for v in (self._q * self._p, self._q * self._r, self._q))
 
     def read(self, theta: Tensor) -> None:
-        """Take the layer's parameters from theta (W, D)."""
-        self.layer.read(theta, self.packed)
+        """Take the layer's parameters from theta (W, D), as they act on the core values s of its inputs."""
+        weight, bias = self.layer.weights(theta), self.layer.biases(theta)
+        torch.mul(weight, self._qp, out=self._weight)
+        if self._r:
+            torch.sum(weight, 2, out=self._bias)
+            self._bias.mul_(self._qr)
+            if bias is not None:
+                self._bias.add_(bias, alpha=self._q)
+        elif bias is not None:
+            torch.mul(bias, self._q1, out=self._bias)
 
     def write(self, gradient: Tensor) -> None:
-        """Put their slope into the gradient (W, D)."""
-        self.layer.write(self.slope, gradient)
+        """Bring their slope back to weights and biases in the gradient (W, D)."""
+        weight, bias = self.layer.weights(gradient), self.layer.biases(gradient)
+        torch.mul(self._weight_slope, self._qp, out=weight)
+        if self._r:
+            weight.add_(self._bias_slope[:, :, None], alpha=self._q * self._r)
+        if bias is not None:
+            torch.mul(self._bias_slope, self._q1, out=bias)
 
     def add_slope(self, slope: Tensor, columns: Tensor, share: float) -> None:
-        """Slope of the sums (W, outputs, n) and the inputs, to `share` times the slope held plus theirs."""
+        """Slope of the sums, and the inputs both as the layer's pass turned them, to `share` times that held."""
         if self.first:
-            self.slope.flatten(0, 1).addmm_(slope.flatten(0, 1), columns.T, beta=share)
+            self._sum.addmm_(slope, columns, beta=share)
         else:
-            self.slope.transpose(1, 2).baddbmm_(columns, slope.transpose(1, 2), beta=share)
+            self._sum.baddbmm_(columns, slope, beta=share)
+
+    def sums(self, columns: Tensor, out: Tensor) -> None:
+        """The products with the inputs: (W, outputs, n), or for the first layer (W * outputs, n)."""
+        if self.first:
+            torch.mm(self._rows, columns, out=out)
+        else:
+            torch.bmm(self.packed, columns, out=out)
 
 
 class LayerPass:
@@ -54,6 +85,7 @@ class LayerPass:
         shape: Shape of what comes in for one row: (features,) or (channels, height, width).
         rows: Rows in the block.
         like: A tensor of the type and device.
+        before: The pass of the layer before; None for the first.
     """
 
     input: Tensor
@@ -61,16 +93,21 @@ class LayerPass:
     output_slope: Tensor
     """Where the layer after writes the slope of the outputs, (W, *output_shape, rows)."""
 
-    def __init__(self, weights: Weights, shape: tuple[int, ...], rows: int, like: Tensor):
+    def __init__(
+        self, weights: Weights, shape: tuple[int, ...], rows: int, like: Tensor, before: LayerPass | None = None
+    ):
         layer, walks, first = weights.layer, weights.walks, weights.first
         self.weights, self.layer = weights, layer
+        self.target: Tensor | None = None
         lead = () if first else (walks,)
         spread: tuple[int, ...] = ()
         if layer.window is not None:
             spread = layer.window.positions(shape[1], shape[2])
             self._padded(like, lead, shape, rows)
             self.columns = like.new_ones(*lead, layer.inputs + 1, spread[0] * spread[1] * rows)
-        elif not first:
+        elif first:
+            self.columns = like.new_empty(0)
+        else:
             self.columns = like.new_ones(walks, layer.inputs + 1, rows)
             self.input = self.columns[:, :-1].unflatten(1, shape)
         pool = layer.pool
@@ -81,14 +118,37 @@ class LayerPass:
         self.slope = like.new_empty(full)
         self.sums = torch.empty_like(self.slope) if layer.after.saves_input and not layer.pool_first else self.slope
         self.output_slope = like.new_empty(small) if pool else self.slope
-        self.between = like.new_empty(small if layer.pool_first else full) if pool else None
+        self._pooling = None
+        if pool:
+            between = like.new_empty(small if layer.pool_first else full)
+            self._pooling = Pooling(pool, between, self.sums if layer.pool_first else between, self.slope)
+        self._bind(before)
+
+    def _bind(self, before: LayerPass | None) -> None:
+        """Make the views that the passes use, and join the pass to the one before."""
+        window = self.layer.window
+        self._sums_flat, self._slope_flat = self.sums.flatten(2), self.slope.flatten(2)
+        if before is None:
+            self._sums_flat = self._sums_flat.flatten(0, 1)
+            self._slope_turned = self._slope_flat.flatten(0, 1)
+        else:
+            self._slope_turned, self._columns_turned = self._slope_flat.transpose(1, 2), self.columns
+            before.target, self._before_slope = self.input, before.output_slope.flatten(1, -2)
+            self._inner = self.weights.packed[:, :, :-1].transpose(1, 2)
+            if window is not None:
+                self._fold = Fold(self.columns, window, self.slope.shape[2:4], before.output_slope)
+        if window is not None:
+            self._unfold = Unfold(self.canvas, window, self.columns)
+            if before is None:
+                self._columns_turned = self.columns.T
+        self._first = before is None
 
     def feed(self, x: Tensor) -> None:
         """Take the data of a block, for the first layer: (features + 1, rows) or (channels, height, width, rows)."""
-        if self.layer.window is None:
-            self.columns = x
-        else:
+        if self.layer.window is not None:
             self.input.copy_(x)
+        elif self.columns is not x:
+            self.columns, self._columns_turned = x, x.T
 
     def _padded(self, like: Tensor, lead: tuple[int, ...], shape: tuple[int, ...], rows: int) -> None:
         """A canvas whose border is the zero of the inputs, which is -r / p in their core values."""
@@ -99,124 +159,53 @@ class LayerPass:
         self.canvas = like.new_full((*lead, channels, height + 2 * down, width + 2 * across, rows), zero)
         self.input = self.canvas[..., down : down + height, across : across + width, :]
 
-    def forward(self, target: Tensor | None) -> None:
-        """From `input` to `target`, the next layer's input; None leaves the outputs in `sums`."""
-        layer = self.layer
+    def forward(self) -> None:
+        """From `input` to the next layer's input; the last layer leaves the outputs in `sums`."""
+        layer, pooling = self.layer, self._pooling
         if layer.window is not None:
-            _unfold(self.canvas, layer.window, self.columns)
-        packed, sums = self.weights.packed, _matrix(self.sums)
-        if self.weights.first:
-            torch.mm(packed.flatten(0, 1), self.columns, out=sums.flatten(0, 1))
-        else:
-            torch.bmm(packed, self.columns, out=sums)
-        if target is None:
+            self._unfold.run()
+        self.weights.sums(self.columns, self._sums_flat)
+        if self.target is None:
             return
-        self.target = target
-        if layer.pool is None or self.between is None:
-            layer.after.forward(self.sums, target)
+        if pooling is None:
+            layer.after.forward(self.sums, self.target)
         elif layer.pool_first:
-            _pool(self.sums, layer.pool, self.between)
-            layer.after.forward(self.between, target)
+            pooling.forward(pooling.values)
+            layer.after.forward(pooling.values, self.target)
         else:
-            layer.after.forward(self.sums, self.between)
-            _pool(self.between, layer.pool, target)
+            layer.after.forward(self.sums, pooling.values)
+            pooling.forward(self.target)
 
-    def backward(self, input_slope: Tensor | None, share: float) -> None:
+    def end(self, loss: Loss, rows: int, nll: Tensor) -> None:
+        """For the last layer: the summed NLL of the first `rows` outputs, and their slope in the outputs' place."""
+        if rows == self.slope.shape[-1]:
+            loss(self.slope, nll)
+        else:
+            loss(self.slope[..., :rows], nll)
+            self.slope[..., rows:] = 0
+
+    def backward(self, share: float) -> None:
         """From `slope` to that of the weights, added to `share` times what they hold, and to that of the inputs."""
-        layer = self.layer
-        slope, packed = _matrix(self.slope), self.weights.packed
-        self.weights.add_slope(slope, self.columns, share)
-        if input_slope is None:
+        self.weights.add_slope(self._slope_turned, self._columns_turned, share)
+        if self._first:
             return
-        if layer.window is None:
-            torch.bmm(packed[:, :, :-1].transpose(1, 2), slope, out=input_slope.flatten(1, -2))
+        if self.layer.window is None:
+            torch.bmm(self._inner, self._slope_flat, out=self._before_slope)
         else:
             # The columns have done their service: their slope takes their place.
-            torch.bmm(packed.transpose(1, 2), slope, out=self.columns)
-            _fold(self.columns, layer.window, self.slope.shape[2:4], input_slope)
+            torch.bmm(self.weights.turned, self._slope_flat, out=self.columns)
+            self._fold.run()
 
     def backward_activation(self) -> None:
         """From `output_slope` to `slope`, through pooling and the activation."""
-        layer = self.layer
-        after, between = layer.after, self.between
-        if layer.pool is None or between is None:
-            after.backward(self.slope, self.sums if after.saves_input else self.target)
+        layer, pooling, target = self.layer, self._pooling, self.target
+        after = layer.after
+        assert target is not None
+        if pooling is None:
+            after.backward(self.slope, self.sums if after.saves_input else target)
         elif layer.pool_first:
-            after.backward(self.output_slope, between if after.saves_input else self.target)
-            _unpool(self.output_slope, layer.pool, self.sums, between, self.slope)
+            after.backward(self.output_slope, pooling.values if after.saves_input else target)
+            pooling.backward(self.output_slope, pooling.values)
         else:
-            _unpool(self.output_slope, layer.pool, between, self.target, self.slope)
-            after.backward(self.slope, self.sums if after.saves_input else between)
-
-
-def _matrix(values: Tensor) -> Tensor:
-    """View (walks, channels, positions..., rows) as (walks, channels, columns)."""
-    return values.flatten(2)
-
-
-def _unfold(canvas: Tensor, window: Window, columns: Tensor) -> None:
-    """Windows of (..., channels, height, width, rows) as columns, (..., channels * kernel + 1, positions * rows)."""
-    (high, wide), (down, across) = window.kernel, window.stride
-    windows = canvas.unfold(-3, high, down).unfold(-3, wide, across)  # (..., c, positions, rows, kernel)
-    ahead = windows.movedim((-2, -1), (-5, -4))
-    columns[..., :-1, :].view(ahead.shape).copy_(ahead)
-    columns[..., -1, :] = 1
-
-
-def _fold(columns: Tensor, window: Window, positions: torch.Size, out: Tensor) -> None:
-    """The adjoint of `_unfold`: the sum of all columns where they came from, inside of the border."""
-    (high, wide), (down, across), (top, left) = window.kernel, window.stride, window.padding
-    walks, channels, height, width, rows = out.shape
-    pieces = columns[:, :-1].view(walks, channels, high, wide, *positions, rows)
-    out.zero_()
-    for i in range(high):
-        first_y, last_y, rows_out = _overlap(i - top, down, positions[0], height)
-        for j in range(wide):
-            first_x, last_x, columns_out = _overlap(j - left, across, positions[1], width)
-            out[:, :, rows_out, columns_out].add_(pieces[:, :, i, j, first_y:last_y, first_x:last_x])
-
-
-def _overlap(offset: int, stride: int, positions: int, size: int) -> tuple[int, int, slice]:
-    """Positions k with 0 <= offset + k * stride < size: first, last + 1, and where they lie."""
-    first = max(0, -(offset // stride))
-    last = min(positions, (size - 1 - offset) // stride + 1)
-    return first, last, slice(offset + first * stride, offset + (last - 1) * stride + 1, stride)
-
-
-def _corners(values: Tensor, pool: Pool) -> list[Tensor]:
-    """For each place in the pooling window, the values there: views (walks, channels, height, width, rows)."""
-    high, wide = pool.size
-    bottom, right = values.shape[-3] // high * high, values.shape[-2] // wide * wide
-    return [values[..., i:bottom:high, j:right:wide, :] for i in range(high) for j in range(wide)]
-
-
-def _pool(values: Tensor, pool: Pool, out: Tensor) -> None:
-    corners = _corners(values, pool)
-    out.copy_(corners[0])
-    for corner in corners[1:]:
-        if pool.mean:
-            out.add_(corner)
-        else:
-            torch.maximum(out, corner, out=out)
-    if pool.mean:
-        out.div_(len(corners))
-
-
-def _unpool(slope: Tensor, pool: Pool, values: Tensor, pooled: Tensor, out: Tensor) -> None:
-    """The slope of pooled values brought to the values, in `out`, which may be `values`; the slope is used up."""
-    corners, targets = _corners(values, pool), _corners(out, pool)
-    if pool.mean:
-        slope.div_(len(corners))
-    cropped = pooled[0].numel() * len(corners) != values[0].numel()
-    if cropped:
-        values = values.clone() if values is out else values
-        corners = _corners(values, pool)
-        out.zero_()
-    for corner, target in zip(corners, targets, strict=True):
-        if pool.mean:
-            target.copy_(slope)
-        else:
-            # The first of equal maxima takes the whole slope, as in torch.
-            taken = torch.where(corner == pooled, slope, 0)
-            target.copy_(taken)
-            slope.sub_(taken)
+            pooling.backward(self.output_slope, target)
+            after.backward(self.slope, self.sums if after.saves_input else pooling.values)
