@@ -188,12 +188,13 @@ def predict(
     run_uri: RunUri,
     out_uri: Out,
     data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="csv:URI, parquet:URI, npz:URI ...")],
+    draws_from: Annotated[str, typer.Option("--draws-from", metavar="walk|deformation", help="whose draws")] = "walk",
     trust_code: TrustCode = False,
 ) -> None:
     """Write predictive mean, aleatoric and epistemic uncertainty of each row."""
     from pipeline.stages.predict import predict as write_predictions
 
-    write_predictions(run_uri, data, out_uri, trust_code=trust_code)
+    write_predictions(run_uri, data, out_uri, draws_from=draws_from, trust_code=trust_code)
     out.print(out_uri)
 
 

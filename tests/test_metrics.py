@@ -172,7 +172,7 @@ def test_standard_errors_cover_at_their_nominal_rate(estimate, truth):
 def test_the_coverage_check_has_the_stated_power():
     def chance(size: float) -> float:
         coverage = 2 * stats.norm.cdf(1.96 * size) - 1
-        return stats.binom.cdf(LOWEST - 1, SETS, coverage) + stats.binom.sf(HIGHEST, SETS, coverage)
+        return float(stats.binom.cdf(LOWEST - 1, SETS, coverage) + stats.binom.sf(HIGHEST, SETS, coverage))
 
     assert chance(0.7) > 0.99 and chance(2.0) > 0.96
     assert chance(1.0) < 1e-6

@@ -212,9 +212,15 @@ def _detection(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
     return auroc, float(passed[threshold] / passed[-1])
 
 
-def compare(better: Score, than: Score, metric: str) -> dict[str, float | bool | str]:
-    """Paired difference of two methods in JSON, with a verdict only beyond two standard errors."""
-    difference = better.minus(than)
+def compare(better: Score, than: Score, metric: str) -> dict[str, float | str | None]:
+    """Paired difference of two methods in JSON, with a verdict only beyond two standard errors.
+
+    Where one of them broke down there is no difference: both numbers are None.
+    """
+    with np.errstate(invalid="ignore"):  # infinite minus infinite
+        difference = better.minus(than)
+    if not (np.isfinite(difference.value) and np.isfinite(difference.se)):
+        return {"value": None, "se": None, "verdict": "undecided"}
     signed = difference.value if metric in HIGHER_IS_BETTER else -difference.value
     beyond = abs(difference.value) > 2 * difference.se and difference.value != 0
     verdict = "undecided" if not beyond or metric in NOT_RANKED else ("better" if signed > 0 else "worse")

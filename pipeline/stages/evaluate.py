@@ -33,12 +33,11 @@ from pipeline.stages import figures, methods
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.methods import Method, Unavailable
 from pipeline.stages.paths import Paths, read_paths
-from pipeline.stages.table import evaluation_table
+from pipeline.stages.table import OURS, evaluation_table
 from pipeline.store import SampleStore
 
 EVALUATION = "evaluation.json"
-OURS = ("walk", "walk_temperature", "deformation")
-"""Methods that are compared with every other one."""
+DEFORMATION = "deformation/deformation.json"
 ANSWERED = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Shares of answered rows at which the selective-prediction curve is stored."""
 RESAMPLES = 200
@@ -54,7 +53,7 @@ def evaluate(run: Run, report: Progress) -> None:
     """
     store = SampleStore.open(run.storage)
     digest = store.digest()
-    if run.storage.exists(EVALUATION) and run.storage.read_json(EVALUATION)["blocks"] == digest:
+    if _present(run, digest):
         return
     paths, choice = read_paths(store), run.storage.read_json("radius.json")
     comparison = Comparison.open(run, store.plan, figures.inputs(run))
@@ -84,11 +83,19 @@ def evaluate(run: Run, report: Progress) -> None:
         "choices": {name: method.choices for name, method in shown.items() if method.choices},
         "skipped": skipped,
     }
-    if run.storage.exists("deformation/deformation.json"):
-        result["deformation"] = run.storage.read_json("deformation/deformation.json")
+    if run.storage.exists(DEFORMATION):
+        result["deformation"] = run.storage.read_json(DEFORMATION)
     averages = {name: method.averages for name, method in shown.items()}
     run.storage.replace(figures.FIGURES, figures.collect(comparison, store, paths, choice["radius"], averages))
     run.storage.replace_json(EVALUATION, result)
+
+
+def _present(run: Run, digest: str) -> bool:
+    """Whether there is an evaluation of these blocks, and of the deformation if one has been fitted since."""
+    if not run.storage.exists(EVALUATION):
+        return False
+    found = run.storage.read_json(EVALUATION)
+    return found["blocks"] == digest and ("deformation" in found) == run.storage.exists(DEFORMATION)
 
 
 def _builders(
@@ -134,6 +141,8 @@ def _builders(
 
 def deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
     """Draws of the deformation models, starts in equal parts."""
+    if not c.run.storage.exists(DEFORMATION):
+        raise Unavailable("has not been fitted yet")
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         if share:
             model = load_deformation(c.run, start)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.bayes.metrics import BINS, class_nll, confidence_and_hit, equal_width_bins, selective_curve
+from pipeline.bayes.metrics import BINS, confidence_and_hit, equal_width_bins, selective_curve
 from pipeline.stages.svg import INK, METHOD_COLOURS, MUTED, SERIES, Figure, drawing
-from pipeline.stages.table import title
+from pipeline.stages.table import OURS, title
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,9 +25,18 @@ def score_figure(evaluation: dict[str, Any]) -> Figure:
     alt = "Test NLL of each method, best first: " + ", ".join(f"{title(n)} {s['value']:.3f}" for n, s in known)
     with drawing("scores", alt, size=(4.7, 0.9 + 0.27 * len(known))) as canvas:
         axes = canvas.axes[0, 0]
+        lowest, middle = (known[k][1]["value"] for k in (0, len(known) // 2))
+        widest = max(4 * (middle - lowest), 8 * known[0][1]["se"])
         for row, (name, score) in enumerate(known):
             colour = METHOD_COLOURS.get(name, MUTED)
+            if score["value"] > lowest + widest:
+                axes.plot(lowest + widest, row, ">", color=colour, markersize=6, clip_on=False)
+                text = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+                axes.annotate(f"{score['value']:.3g}", (lowest + widest, row), color=colour, **text)
+                continue
             axes.errorbar(score["value"], row, xerr=2 * score["se"], fmt="o", color=colour, capsize=2.5, markersize=5)
+        if known[-1][1]["value"] > lowest + widest:
+            axes.set_xlim(right=lowest + widest)
         axes.set_yticks(range(len(known)), [title(name) for name, _ in known])
         axes.set_ylim(len(known) - 0.5, -0.5)
         axes.set_xlabel("test NLL, nats a row (lower is better)")
@@ -83,16 +92,22 @@ def walks_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         axes.fill_between(grid, bands[0], bands[2], color=SERIES[0], alpha=0.18, linewidth=0)
         axes.plot(grid, bands[1], color=SERIES[0], label="median of all walks")
         axes.axvline(evaluation["radius"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        if np.nanmax(rise) > 50 * max(np.nanmedian(np.abs(rise)), 1e-9):
-            axes.set_yscale("symlog", linthresh=max(float(np.nanmedian(np.abs(rise))), 1e-3))
+        top, shown = _top(rise, bands), float(np.nanmax(rise))
+        if shown > top:
+            axes.set_ylim(min(float(np.nanmin(rise)), 0.0) - 0.03 * top, top)
         axes.set_xlabel("radius")
         axes.set_ylabel("rise of training NLL, nats")
         axes.legend(loc="upper left")
     caption = (
         "Thin lines: single walks. Band: from the tenth to the ninetieth percentile. A walk on the fiber "
-        "stays low while it moves away."
+        "stays low while it moves away." + (f" Peaks up to {shown:.3g} nats are cut off." if shown > top else "")
     )
     return Figure("walks", "Along the walks", canvas.svg, caption)
+
+
+def _top(rise: np.ndarray, bands: np.ndarray) -> float:
+    """Upper end of an axis on which the bulk of the walks can be read, whatever a few of them do."""
+    return max(1.6 * float(np.nanquantile(bands[2], 0.8)), 1.2 * float(np.nanquantile(rise, 0.9)), 1e-3)
 
 
 def reliability_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -139,7 +154,7 @@ def selective_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | Non
         return None
     y = arrays["test/y"].astype(int)
     alt = "Error rate over the share of rows answered, most certain first, for each method."
-    with drawing("selective", alt) as canvas:
+    with drawing("selective", alt, size=(4.7, 3.1 + 0.17 * -(-len(names) // 3))) as canvas:
         axes = canvas.axes[0, 0]
         for name in names:
             p = arrays[f"test/{name}/probabilities"]
@@ -148,11 +163,12 @@ def selective_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | Non
             share, error = selective_curve(total, wrong)
             keep = share >= min(0.05, 1.0)
             colour = METHOD_COLOURS.get(name, MUTED)
-            axes.plot(share[keep], error[keep], color=colour, label=title(name), linewidth=1.2)
+            thick = {"linewidth": 1.8, "zorder": 3} if name in OURS else {"linewidth": 0.9, "alpha": 0.85}
+            axes.plot(share[keep], error[keep], color=colour, label=title(name), **thick)
         axes.set_xlabel("share of rows answered, most certain first")
         axes.set_ylabel("error rate")
         axes.set_ylim(bottom=0)
-        axes.legend(ncols=2)
+        canvas.figure.legend(loc="outside lower center", ncols=3, columnspacing=1.0, handlelength=1.4)
     caption = "A useful uncertainty makes the curve low on the left: the rows it is sure of are right."
     return Figure("selective", "If it may say “I do not know”", canvas.svg, caption)
 
@@ -191,8 +207,3 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
 def _spread(arrays: Arrays, place: str, name: str) -> np.ndarray:
     total = arrays[f"{place}/{name}/aleatoric"] + arrays[f"{place}/{name}/epistemic"]
     return total if f"{place}/{name}/probabilities" in arrays else np.sqrt(total)
-
-
-def worst_nll(arrays: Arrays, method: str) -> np.ndarray:
-    """NLL of each stored test row under a method."""
-    return class_nll(arrays[f"test/{method}/probabilities"].astype(float), arrays["test/y"].astype(int))

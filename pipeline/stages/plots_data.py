@@ -54,7 +54,8 @@ def band_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
 
 def map_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
     """Entropy over two inputs, with training points."""
-    names = [n for n in ("walk", "map", "deformation") if f"grid/{n}/probabilities" in arrays]
+    wanted = ("walk", "map", "deformation", "ensemble_temperature", "ensemble", "temperature")
+    names = [n for n in wanted if f"grid/{n}/probabilities" in arrays][:4]
     if not names or "grid/x" not in arrays:
         return None
     side = round(len(arrays["grid/x"]) ** 0.5)
@@ -100,7 +101,7 @@ def coverage_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None
     alt = "Root mean squared error against predicted standard deviation in ten groups of rows, for each method."
     y = arrays["test/y"]
     groups = min(10, max(2, len(y) // 20))
-    with drawing("coverage", alt) as canvas:
+    with drawing("coverage", alt, size=(4.7, 3.1 + 0.17 * -(-len(names) // 3))) as canvas:
         axes = canvas.axes[0, 0]
         largest = 0.0
         for name in names:
@@ -116,7 +117,7 @@ def coverage_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None
         axes.plot([0, largest], [0, largest], color=MUTED, linewidth=0.8)
         axes.set_xlabel("predicted standard deviation")
         axes.set_ylabel("root mean squared error")
-        axes.legend(ncols=2)
+        canvas.figure.legend(loc="outside lower center", ncols=3, columnspacing=1.0, handlelength=1.4)
     caption = (
         f"Test rows in {groups} groups by predicted standard deviation; on the diagonal the error is what was "
         "predicted."
@@ -153,7 +154,7 @@ def learning_figure(deformation: dict[str, Any]) -> Figure | None:
     """Learning curve of the deformation model and its held-out error over the radius."""
     curves = [(k, deformation.get(k)) for k in ("learning_curve", "history", "curve") if deformation.get(k)]
     by_radius = deformation.get("heldout_error_by_radius") or deformation.get("heldout_by_radius")
-    steps = _series(curves[0][1], ("step",), ("heldout_error", "loss", "train_loss")) if curves else None
+    steps = _series(curves[0][1], ("step",), ("heldout_error", "score", "loss")) if curves else None
     radii = _series(by_radius, ("radius",), ("heldout_error", "error")) if by_radius else None
     panels = [panel for panel in ((steps, "training step"), (radii, "radius")) if panel[0]]
     if not panels:
@@ -176,13 +177,15 @@ def learning_figure(deformation: dict[str, Any]) -> Figure | None:
 
 
 def _series(points: Any, xs: tuple[str, ...], ys: tuple[str, ...]) -> tuple[list[float], list[float], str] | None:
-    if not isinstance(points, list) or len(points) < 2 or not isinstance(points[0], dict):
+    """The first quantity that changes along the points: its abscissae, its values, and its name."""
+    if not isinstance(points, list) or not points or not isinstance(points[0], dict):
         return None
     x = next((k for k in xs if k in points[0]), None)
-    y = next((k for k in ys if points[0].get(k) is not None), None)
-    if x is None or y is None:
-        return None
-    return [p[x] for p in points], [p[y] for p in points], y.replace("_", " ")
+    for y in ys if x else ():
+        known = [(p[x], p[y]) for p in points if p.get(y) is not None]
+        if len(known) > 1 and len({value for _, value in known}) > 1:
+            return [at for at, _ in known], [value for _, value in known], y.replace("_", " ")
+    return None
 
 
 def picture(values: np.ndarray) -> str:
@@ -237,7 +240,7 @@ def gallery(arrays: Arrays, classes: list[str], features: list[str], group: str)
             }
         if x is not None and not pictures and x.ndim == 2:
             card["cells"] = [
-                (n, f"{v:.4g}")
+                (n if not n.isdigit() else f"feature {n}", f"{v:.4g}")
                 for n, v in list(zip(features or map(str, range(x.shape[1])), x[line], strict=False))[:4]
             ]
         cards.append(card)

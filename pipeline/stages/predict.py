@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from pipeline import config_values as values
 from pipeline.bayes.predictive import Averaged, PredictiveAverage
 from pipeline.bayes.trees import row_count, slice_rows, to_tensors
 from pipeline.data import DataSchema, load_inputs
@@ -25,16 +26,25 @@ from pipeline.store import SampleStore
 _BLOCK = 65_536
 
 
-def predict(run_uri: str, source: str, out_uri: str, *, trust_code: bool = False) -> None:
+FROM = ("walk", "deformation")
+
+
+def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk", trust_code: bool = False) -> None:
     """Write one line a row of `source`: the prediction and its uncertainties, as CSV or Parquet by the suffix.
 
     Classification: class, the probability of every class, and aleatoric and epistemic entropy in nats. Regression, in
-    the unit of the target: mean, and aleatoric and epistemic standard deviation (their squares add up). Draws come from
-    the deformation model, or from the walks where the run has none.
+    the unit of the target: mean, and aleatoric and epistemic standard deviation (their squares add up). The draws are
+    the points of the walks that the evaluation judged, or draws of the deformation model if that is asked for.
 
     Raises:
         InputError: No finished run there, the rows do not fit the network, or the suffix is neither.
     """
+    try:
+        values.source(source)
+    except ValueError as error:
+        raise InputError(f"--data {error}, got '{source}'.") from None
+    if draws_from not in FROM:
+        raise InputError(f"--draws-from must be {' or '.join(FROM)}, got '{draws_from}'.")
     folder, _, name = out_uri.rpartition("/")
     suffix = name.rpartition(".")[2].lower()
     if suffix not in ("csv", "parquet"):
@@ -42,8 +52,12 @@ def predict(run_uri: str, source: str, out_uri: str, *, trust_code: bool = False
     run = load_run(run_uri, trust_code=trust_code)
     if not run.storage.exists("radius.json"):
         raise InputError(f"{run_uri} is not finished: radius.json is missing. Finish it with 'fiberwalk run'.")
+    if draws_from == "deformation" and not run.storage.exists("deformation/deformation.json"):
+        raise InputError(f"{run_uri} has no deformation model (deformation.kind: {run.config.deformation.kind}).")
     x = load_inputs(source, run.dataset.schema, run.config.data.target)
-    table = predict_table(run, x)
+    if not row_count(x):
+        raise InputError(f"--data {source} has no rows.")
+    table = predict_table(run, x, draws_from)
     buffer = io.BytesIO()
     (pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table)(table, buffer)
     try:
@@ -52,23 +66,21 @@ def predict(run_uri: str, source: str, out_uri: str, *, trust_code: bool = False
         raise InputError(f"--out {out_uri} cannot be written: {error}") from error
 
 
-def predict_table(run: Run, x: Any) -> pa.Table:
+def predict_table(run: Run, x: Any, draws_from: str = "walk") -> pa.Table:
     """Predictions of encoded inputs, 65 536 rows at a time, so that memory is that of the answer."""
     store = SampleStore.open(run.storage)
+    paths = read_paths(store) if draws_from == "walk" else None
     radius = float(run.storage.read_json("radius.json")["radius"])
     comparison = Comparison.open(run, store.plan, {})
     parts = []
     for first in range(0, row_count(x), _BLOCK):
-        averaged = _average(comparison, store, radius, slice_rows(x, first, first + _BLOCK))
+        draws: Draws = walk_draws(comparison, store, paths, radius) if paths else deformation_draws(comparison, radius)
+        averaged = _average(comparison, draws, slice_rows(x, first, first + _BLOCK))
         parts.append(_columns(averaged, run.dataset.schema))
     return pa.concat_tables(parts)
 
 
-def _average(c: Comparison, store: SampleStore, radius: float, x: Any) -> Averaged:
-    if c.run.storage.exists("deformation/deformation.json"):
-        draws: Draws = deformation_draws(c, radius)
-    else:
-        draws = walk_draws(c, store, read_paths(store), radius)
+def _average(c: Comparison, draws: Draws, x: Any) -> Averaged:
     shift, scale = c.unit
     average = PredictiveAverage(c.problems[0].likelihood, shift=shift, scale=scale, components=False)
     network = c.problems[0].network

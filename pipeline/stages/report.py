@@ -10,7 +10,7 @@ from pipeline.run import Run
 from pipeline.stages import plots, plots_data
 from pipeline.stages.figures import read_figures
 from pipeline.stages.svg import Figure
-from pipeline.stages.table import ARROWS, against_best, mark, metric_titles, number, ordered, title, verdict
+from pipeline.stages.table import ARROWS, OURS, against_best, mark, metric_titles, number, ordered, title, verdict
 
 REPORT = "report.html"
 
@@ -58,7 +58,7 @@ def collect(run: Run) -> dict[str, Any]:
 def in_order(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with methods in the order of the table; JSON keeps them by name."""
     pairs = evaluation["difference"]
-    order = [f"{a}-{b}" for a in ("walk", "deformation") for b in ordered(evaluation["methods"])]
+    order = [f"{a}-{b}" for a in OURS for b in ordered(evaluation["methods"])]
     return {
         **evaluation,
         "methods": ordered(evaluation["methods"]),
@@ -97,6 +97,9 @@ def cost(evaluation: dict[str, Any], plan: dict[str, Any], size: int, blocks: in
         ("stored", f"{_bytes(size)} in {blocks:,} blocks"),
     ]
     if plan:
+        pilot = plan.get("chosen", {}).get("pilot")
+        if pilot:
+            facts.insert(5, ("gradient evaluations of the pilot", f"{pilot['gradient_evaluations']:,}"))
         facts.insert(
             4, ("steps of a walk", f"{plan['steps']:,}, correction {plan['correction']}, length {plan['length']:.4g}")
         )
@@ -110,7 +113,13 @@ def cost(evaluation: dict[str, Any], plan: dict[str, Any], size: int, blocks: in
 def settings(plan: dict[str, Any], starts: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """What was chosen automatically, and by which rule."""
     found = [("radius", f"{evaluation['radius']:.4g} ({evaluation['rule']})")]
-    found += [(f"walk: {name}", _short(value)) for name, value in plan.get("chosen", {}).items()]
+    chosen = plan.get("chosen", {})
+    if "pilot" in chosen:
+        pilot = chosen["pilot"]
+        found.append(
+            ("walk, by its pilot", f"{pilot['correction']}, length {pilot['length']:.4g}, {pilot['steps']} steps")
+        )
+        found.append(("rule of the pilot", f"{pilot['rule']}; best radius {pilot['best_radius']:.4g}"))
     for info in starts[:1]:
         found.append(("prior precision", f"{_short(info['prior_precision'])} ({info['prior_how']})"))
         if info.get("noise_std"):
@@ -139,7 +148,8 @@ def render(page: dict[str, Any]) -> bytes:
     columns = [(m, name, ARROWS.get(m, "↓")) for m, name in metric_titles(evaluation).items()]
     digest = hashlib.sha256(repr(sorted(evaluation["methods"].items())).encode()).hexdigest()[:12]
     template = environment.get_template("report.html.j2")
-    return template.render(**page, **helpers, **words, columns=columns, digest=digest).encode()
+    ours = [name for name in OURS if name in evaluation["methods"]]
+    return template.render(**page, **helpers, **words, columns=columns, ours=ours, digest=digest).encode()
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ import matplotlib
 # Colours that no figure uses otherwise; each becomes a CSS variable of the page.
 INK, MUTED, GRID = "#101112", "#202122", "#303132"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
-_SERIES = {f"#4{number}5{number}6{number}": f"var(--c{number})" for number in range(1, 9)}
+_SERIES = {f"#4{number:x}5{number:x}6{number:x}": f"var(--c{number})" for number in range(1, 13)}
 SERIES = list(_SERIES)
 METHOD_COLOURS = {
     "walk": SERIES[0],
@@ -26,9 +26,11 @@ METHOD_COLOURS = {
     "gaussian": SERIES[5],
     "ensemble": SERIES[6],
     "ensemble_temperature": SERIES[7],
-    "laplace": SERIES[6],
-    "laplace_linearised": SERIES[7],
-    "swag": SERIES[4],
+    "laplace": SERIES[8],
+    "laplace_linearised": SERIES[9],
+    "laplace_torch": SERIES[9],
+    "swag": SERIES[10],
+    "walk_temperature": SERIES[11],
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

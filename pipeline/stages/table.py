@@ -24,6 +24,8 @@ TITLES = {
     "laplace_torch": "laplace-torch",
     "swag": "SWAG",
 }
+OURS = ("walk", "walk_temperature", "deformation")
+"""Methods that are compared with every other one."""
 METRICS = {
     "classification": {
         "nll": "NLL",
@@ -78,11 +80,15 @@ def metric_titles(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def mark(evaluation: dict[str, Any], metric: str, method: str) -> str:
-    """best: beats every other beyond two standard errors; tied: not told apart from it; nothing where all are tied."""
+    """How a method stands in a metric.
+
+    best: beats every other beyond two standard errors, or is one of ours and only ours are not told apart from it;
+    tied: not told apart from the best; nothing where all are tied.
+    """
     leaders, methods = evaluation["leaders"].get(metric, []), evaluation["methods"]
     if method not in leaders or len(leaders) == len(methods):
         return ""
-    return "best" if len(leaders) == 1 else "tied"
+    return "best" if len(leaders) == 1 or set(leaders) <= set(OURS) else "tied"
 
 
 def ordered(by_method: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +102,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> Group:
     rows = evaluation["rows"]
     caption = (
         f"{rows['test']} test rows, {evaluation['draws']} draws, radius {evaluation['radius']:.4g}; ± standard error. "
-        "Green and bold: better than every other beyond two standard errors; underlined: not told apart from the best."
+        "Green and bold: better than every other, our own aside, beyond two standard errors; underlined: not told "
+        "apart from the best."
     )
     table = Table(title=evaluation["run_id"], caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.caption_justify = table.title_justify = "left"
@@ -128,12 +135,14 @@ def verdict(evaluation: dict[str, Any]) -> str:
 
 def against_best(evaluation: dict[str, Any]) -> str:
     """One sentence: how does the walk stand against the best of the other methods, deformation left aside?"""
-    scores = {n: m["nll"]["value"] for n, m in evaluation["methods"].items() if n not in ("walk", "deformation", "map")}
+    scores = {n: m["nll"]["value"] for n, m in evaluation["methods"].items() if n not in (*OURS, "map")}
     known = {name: value for name, value in scores.items() if value is not None}
     if not known:
         return "No other method was asked for."
     best = min(known, key=lambda name: known[name])
     difference = evaluation["difference"][f"walk-{best}"]["nll"]
+    if difference["value"] is None:
+        return f"It could not be compared with the best control, {title(best)} ({known[best]:.3f})."
     words = {
         "better": "is better than",
         "worse": "is worse than",

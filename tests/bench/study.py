@@ -18,13 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
 from pipeline.main_job import execute, in_this_process
 from pipeline.progress import LogProgress
-from pipeline.run import claim, prepare
+from pipeline.run import Run, claim, prepare
+from pipeline.stages.estimate import estimate
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.sample import sample
+from pipeline.stages.select import select
 from tests.bench.study_cases import CASES, Case
 from tests.bench.study_tables import Row, summary, table
 from workers.hands import on_ray
@@ -41,12 +47,15 @@ def settings_of(case: Case, seed: int, root: Path, work: Path, settings: dict[st
     return values
 
 
-def run_case(case: Case, seed: int, values: dict[str, Any], serial: bool) -> Row:
-    """Carry one run to its end; returns its row of the study."""
+def run_case(case: Case, seed: int, values: dict[str, Any], options: argparse.Namespace) -> Row:
+    """Carry one run to its end, or with `--no-deformation` all but that; returns its row of the study."""
     run = prepare(parse_config(values))
     claim(run)
-    began = time.monotonic()
-    execute(run, LogProgress(), in_this_process() if serial else on_ray(run.config))
+    began, progress = time.monotonic(), LogProgress()
+    if options.no_deformation:
+        without_deformation(run, progress)
+    else:
+        execute(run, progress, in_this_process() if options.serial else on_ray(run.config))
     about = run.storage.read_json("run.json")
     return {
         "case": case.name,
@@ -61,6 +70,24 @@ def run_case(case: Case, seed: int, values: dict[str, Any], serial: bool) -> Row
         "seconds": time.monotonic() - began,
         "evaluation": run.storage.read_json("evaluation.json"),
     }
+
+
+def without_deformation(run: Run, progress: LogProgress) -> None:
+    """The stages that do not need it, in this process; a later run goes on from here."""
+    torch.set_num_threads(1)
+    with in_this_process() as (executor, _):
+        estimate(run, executor, progress)
+        sample(run, executor, progress)
+    select(run, progress)
+    evaluate(run, progress)
+
+
+def complete(path: Path, options: argparse.Namespace) -> bool:
+    """Whether a row is there and has all that is asked for."""
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text(encoding="utf-8"))
+    return options.no_deformation or "deformation" in row["evaluation"]
 
 
 def machine() -> str:
@@ -91,11 +118,11 @@ def advance(case: Case, options: argparse.Namespace, root: Path, work: Path) -> 
     failed: list[str] = []
     for seed in range(case.seeds) if options.seeds is None else [s for s in options.seeds if s < case.seeds]:
         path = work / "rows" / f"{case.name}-{seed}.json"
-        if path.exists():
+        if complete(path, options):
             continue
         logging.info("%s, seed %d", case.name, seed)
         try:
-            row = run_case(case, seed, settings_of(case, seed, root, work, settings), options.serial)
+            row = run_case(case, seed, settings_of(case, seed, root, work, settings), options)
         except (InputError, RunError) as error:
             failed.append(f"{case.title}, seed {seed}: {error}")
             logging.error("%s, seed %d failed: %s", case.name, seed, error)
@@ -115,6 +142,7 @@ def main() -> int:
     parser.add_argument("--readme", help="file whose tables are replaced")
     parser.add_argument("--collect", action="store_true", help="run nothing: tables of what is finished")
     parser.add_argument("--set", nargs="*", default=[], help="a.b=VALUE (JSON) for every run, for short trials")
+    parser.add_argument("--no-deformation", action="store_true", help="leave the deformation for a later run")
     parser.add_argument("--serial", action="store_true", help="one process instead of an embedded Ray")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
