@@ -199,12 +199,11 @@ def predict(
 
 
 @app.command()
-def report(run_uri: RunUri, trust_code: TrustCode = False) -> None:
-    """Rebuild report.html."""
-    from pipeline.run import load_run
-    from pipeline.stages.report import report as write_report
+def report(run_uri: RunUri) -> None:
+    """Rebuild report.html, from the stored objects alone."""
+    from pipeline.stages.report import rebuild
 
-    out.print(write_report(load_run(run_uri, trust_code=trust_code)))
+    out.print(rebuild(run_uri))
 
 
 @app.command()

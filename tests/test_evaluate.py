@@ -18,11 +18,12 @@ from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import load_problem
+from pipeline.errors import InputError
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.evaluate import evaluate, evaluation_table
-from pipeline.stages.figures import FIGURES
+from pipeline.stages.figures import FIGURES, raw_inputs
 from pipeline.stages.methods import Unavailable, random_draws, second_opinion
 from pipeline.stages.paths import read_paths
 from pipeline.stages.predict import predict
@@ -269,6 +270,33 @@ def test_predict_writes_a_line_for_every_row(name, suffix, tmp_path):
         p = table[[c for c in table.columns if c.startswith("probability_")]].to_numpy()
         assert np.allclose(p.sum(axis=1), 1, atol=1e-6)
         assert np.array_equal(table["predicted"].to_numpy().astype(int), p.argmax(axis=1))
+
+
+def test_predict_takes_the_draws_that_the_table_judged(tmp_path):
+    import pandas
+
+    run = finished("curve")
+    test = run.dataset.test
+    np.savez(tmp_path / "test.npz", x=raw_inputs(run, np.asarray(test.x)))
+    tables = {}
+    for who in ("walk", "deformation"):
+        predict(run.uri, f"npz:{tmp_path}/test.npz", str(tmp_path / "out.csv"), draws_from=who, trust_code=True)
+        tables[who] = pandas.read_csv(tmp_path / "out.csv")
+    y = test.y * run.dataset.schema.y_std + run.dataset.schema.y_mean
+    scores = run.storage.read_json("evaluation.json")["methods"]
+    for who, table in tables.items():
+        rmse = float(np.sqrt(((table["mean"] - y) ** 2).mean()))
+        assert rmse == pytest.approx(scores[who]["rmse"]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("new.csv", "must be sklearn:NAME, csv:URI.*got 'new.csv'"), ("npz:{}/none.npz", "has no rows")],
+)
+def test_predict_refuses_what_is_no_input(source, message, tmp_path):
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 1)))
+    with pytest.raises(InputError, match=message):
+        predict(finished("curve").uri, source.format(tmp_path), str(tmp_path / "out.csv"), trust_code=True)
 
 
 def test_table_marks_a_winner_only_beyond_two_errors():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.stages.report import report
+from pipeline.stages.report import rebuild, report
 from tests.runs import copy_of, finished
 
 EXPECTED = {
@@ -70,6 +70,17 @@ def test_page_is_rebuilt_from_the_store_alone_and_equal(pages, tmp_path):
     Path(run.uri, "report.html").unlink()
     again = report(run)
     assert Path(again).read_bytes() == (tmp_path / "first.html").read_bytes()
+
+
+def test_page_is_rebuilt_where_neither_data_nor_code_are(tmp_path):
+    run = copy_of("plane", tmp_path)
+    first = Path(report(run)).read_bytes()
+    config = Path(run.uri, "config.yaml")
+    elsewhere = config.read_text(encoding="utf-8").replace("python:tests.runs:moons", "python:nowhere:to_be_found")
+    assert "nowhere" in elsewhere
+    config.write_text(elsewhere, encoding="utf-8")
+    again = Path(rebuild(run.uri)).read_bytes()
+    assert again.replace(b"nowhere:to_be_found", b"tests.runs:moons") == first
 
 
 def test_page_names_every_method_and_says_a_verdict(pages):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.run import Run
+from pipeline.run import Run, stored_config
 from pipeline.stages import plots, plots_data
 from pipeline.stages.figures import read_figures
 from pipeline.stages.svg import Figure
 from pipeline.stages.table import ARROWS, OURS, against_best, mark, metric_titles, number, ordered, title, verdict
+from pipeline.storage import Storage
 
 REPORT = "report.html"
 
@@ -21,19 +23,27 @@ def report(run: Run) -> str:
     Raises:
         InputError: The run has no evaluation yet.
     """
-    if not run.storage.exists("evaluation.json"):
+    return _write(run.config, run.storage)
+
+
+def rebuild(run_uri: str) -> str:
+    """The same for a stored run, wherever it lies: neither its data nor its code are needed, so that none is run."""
+    return _write(stored_config(run_uri, trust_code=True), Storage.open(run_uri))
+
+
+def _write(config: Config, storage: Storage) -> str:
+    if not storage.exists("evaluation.json"):
         raise InputError(
-            f"{run.uri} has no evaluation.json yet. Finish it with 'fiberwalk run', then build the report."
+            f"{storage.uri} has no evaluation.json yet. Finish it with 'fiberwalk run', then build the report."
         )
-    page = render(collect(run))
-    if not run.storage.exists(REPORT) or run.storage.read(REPORT) != page:
-        run.storage.replace(REPORT, page)
-    return f"{run.uri}/{REPORT}"
+    page = render(collect(config, storage))
+    if not storage.exists(REPORT) or storage.read(REPORT) != page:
+        storage.replace(REPORT, page)
+    return f"{storage.uri}/{REPORT}"
 
 
-def collect(run: Run) -> dict[str, Any]:
+def collect(config: Config, storage: Storage) -> dict[str, Any]:
     """Everything the page says, from the stored objects."""
-    storage = run.storage
     evaluation, arrays = in_order(storage.read_json("evaluation.json")), read_figures(storage)
     about = storage.read_json("run.json") if storage.exists("run.json") else {}
     plan = storage.read_json("plan.json") if storage.exists("plan.json") else {}
@@ -44,8 +54,8 @@ def collect(run: Run) -> dict[str, Any]:
     blocks = storage.list("walks", suffix=".parquet")
     return {
         "evaluation": evaluation,
-        "config": run.config.to_yaml(),
-        "uri": run.uri,
+        "config": config.to_yaml(),
+        "uri": storage.uri,
         "about": about,
         "figures": figures_of(evaluation, arrays),
         "uncertain": plots_data.gallery(arrays, classes, features, "uncertain"),
