@@ -114,7 +114,7 @@ class PriorConfig(_Section):
 
     precision: Annotated[float | dict[str, float] | Literal["auto"], BeforeValidator(values.precision)] = 1.0
     """1 / variance of every parameter: one number, regular expression -> number (the first that is found in the name
-    counts), or auto: chosen by validation."""
+    counts), or auto: chosen by validation (classification) or marginal likelihood (regression)."""
 
 
 class MapConfig(_Section):
@@ -272,7 +272,8 @@ class Config(_Section):
             raise ValueError(
                 f"evaluation.baselines: {ensembles[0]} needs map.starts of at least 2, got {self.map.starts}"
             )
-        if self.prior.precision == "auto" and self.data.validation in (None, 0.0):
+        classes = self.data.task == "classification"
+        if self.prior.precision == "auto" and classes and self.data.validation in (None, 0.0):
             raise ValueError("prior.precision: auto needs validation rows, and data.validation gives none")
         return self
 

@@ -66,10 +66,24 @@ def first_order(
     return theta.detach()
 
 
+CHECK_EVERY = 100
+"""Iterations of L-BFGS between looks at what they gained."""
+
+
 def quasi_newton(
-    potential: Potential, theta: Tensor, tolerance: float, iterations: int, *, newton: bool = True
+    potential: Potential, theta: Tensor, tolerance: float, iterations: int, *, newton: bool = True, enough: float = 0.0
 ) -> Tensor:
-    """L-BFGS, then trust-region Newton-Krylov steps if the gradient is not yet below the tolerance (scipy)."""
+    """L-BFGS, then trust-region Newton-Krylov steps if the gradient is not yet below the tolerance (scipy).
+
+    Args:
+        potential: The target.
+        theta: Start, (D,).
+        tolerance: Gradient norm at which the search ends.
+        iterations: Of L-BFGS at most.
+        newton: Whether Newton-Krylov steps may follow.
+        enough: L-BFGS ends when `CHECK_EVERY` iterations lower U by less, in nats.
+    """
+    falls = _Falls(enough)
 
     def fun(flat: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.as_tensor(flat, dtype=theta.dtype, device=theta.device)
@@ -84,12 +98,28 @@ def quasi_newton(
 
     flat_tolerance = tolerance / theta.numel() ** 0.5
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "gtol": flat_tolerance, "ftol": 0}
-    best = optimize.minimize(fun, theta.double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
+    start = theta.double().cpu().numpy()
+    best = optimize.minimize(fun, start, jac=True, method="L-BFGS-B", options=options, callback=falls)
     if newton and np.linalg.norm(best.jac) > tolerance and _newton_affordable(potential, theta.numel()):
         steps = {"maxiter": 60, "gtol": tolerance}
         polished = optimize.minimize(fun, best.x, jac=True, hessp=hessp, method="trust-krylov", options=steps)
         best = polished if polished.fun <= best.fun else best
     return torch.as_tensor(best.x, dtype=theta.dtype, device=theta.device)
+
+
+class _Falls:
+    """Ends a search whose last `CHECK_EVERY` iterations gained less than is worth their cost."""
+
+    def __init__(self, enough: float):
+        self.enough, self.count, self.last = enough, 0, math.inf
+
+    def __call__(self, intermediate_result: optimize.OptimizeResult) -> None:
+        self.count += 1
+        if self.count % CHECK_EVERY == 0:
+            value = float(intermediate_result.fun)
+            if self.last - value < self.enough:
+                raise StopIteration
+            self.last = value
 
 
 def certify(potential: Potential, theta: Tensor) -> Minimum:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.bayes.curvature import Curvature, measure
+from pipeline.bayes.curvature import Curvature, measure, occam
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
-from pipeline.bayes.target import Potential, prior_precision
+from pipeline.bayes.target import DIFFERENCED, Potential, prior_precision
 from pipeline.build import DTYPES, WIDE, build_network, build_potential, curvature_bytes, start_folder
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
@@ -24,12 +24,14 @@ from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.stages.constant import collapse_note
-from pipeline.stages.scale import Scale, choose_scale, noise_of
+from pipeline.stages.scale import Scale, choose_scale, noise_of, target_std
 
 QUASI_NEWTON_STEPS = 3000
 """Of L-BFGS at most; an eighth of it while noise or prior are being chosen, and for potentials that are slow."""
-SLOW = 2e7
+SLOW = 1e8
 """Parameters times rows from which a potential counts as slow."""
+TRIAL = 0.2
+"""While noise or prior are being chosen, L-BFGS ends when a hundred iterations gain less, in nats."""
 POLISHING = 4
 """Rounds of small first-order steps and L-BFGS for a network with kinks, where L-BFGS alone gets stuck."""
 BATCH_ABOVE = 1500
@@ -141,7 +143,7 @@ def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Min
     """Minimise U, and before it choose noise and prior where the configuration leaves them open."""
     config = run.config
     gaussian = likelihood_kind(config) == "gaussian"
-    noise = settings.noise_std or config.likelihood.noise_std or (1.0 if gaussian else None)
+    noise = settings.noise_std or config.likelihood.noise_std or (target_std(run) if gaussian else None)
     precision = settings.precision or (1.0 if config.prior.precision == "auto" else config.prior.precision)
     theta = network.theta()
     if config.model.weights is None:
@@ -170,16 +172,22 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     may_move = run.config.model.weights is None or run.config.map.polish
     if not may_move or theta.numel() > QUASI_NEWTON_DIM:
         return certify(potential, theta)
-    slow = theta.numel() * potential.rows > SLOW
-    steps = QUASI_NEWTON_STEPS // (1 if last and not slow else 8)
-    tolerance = run.config.map.tolerance
-    best = certify(potential, quasi_newton(potential, theta, tolerance, steps, newton=last))
-    for round_ in range(POLISHING if last else 0):
-        if _certified(best, tolerance, 1.0):
+    work, tolerance = theta.numel() * potential.rows, run.config.map.tolerance
+    steps = QUASI_NEWTON_STEPS // (1 if last and work <= SLOW else 8)
+    enough = TRIAL if not last else 0.0
+    if last and work > DIFFERENCED:
+        enough = allowed_fall(tolerance, 0.1 * min(theta.numel(), potential.rows))
+    newton = last and work <= DIFFERENCED
+    best = certify(potential, quasi_newton(potential, theta, tolerance, steps, newton=newton, enough=enough))
+    if not last or _certified(best, tolerance, 1.0):
+        return best
+    gamma = occam(potential, best.theta, stream(run.config.seed, "descent"))[0]
+    for round_ in range(POLISHING):
+        if _certified(best, tolerance, gamma):
             break
         rate = run.config.map.learning_rate / 10 ** (1 + round_)
         moved = first_order(potential, best.theta, 300, rate, 0, stream(run.config.seed, "polish", round_))
-        found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False))
+        found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False, enough=enough))
         fall = best.potential - found.potential
         if fall > 0:
             best = dataclasses.replace(found, last_fall=fall)

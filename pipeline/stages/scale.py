@@ -1,8 +1,10 @@
 """Noise and prior precision where the configuration leaves them open: by marginal likelihood, or by validation rows.
 
-Regression takes the Laplace marginal likelihood (MacKay 1992): a small validation split inside the training range says
-little about the noise, and a network with more parameters than rows interpolates, so that residuals say nothing.
-Classification takes the validation NLL of the MAP, since its Laplace evidence favours priors that are too weak.
+The noise of a regression whose prior is given takes validation rows, where there are enough: training residuals of a
+network that interpolates say nothing, and the marginal likelihood under a prior that does not fit the network prefers a
+noise that is far too large or far too small. Where the prior is open too, or validation rows are few, it is the Laplace
+marginal likelihood (MacKay 1992), which then judges both together. The prior of a classification takes the validation
+NLL, since its Laplace evidence favours priors that are too weak.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeline.bayes.baselines.laplace import Laplace
 from pipeline.bayes.curvature import occam
 from pipeline.bayes.minimise import Minimum
 from pipeline.bayes.params import Network
@@ -25,8 +28,16 @@ from pipeline.build import build_potential, targets
 from pipeline.plan import stream
 from pipeline.run import Run
 
-NOISES = tuple(float(x) for x in np.geomspace(1.0, 0.02, 12))
-"""Noise standard deviations that are tried, in units of the standardised target, each from the minimum of the last."""
+NOISES = tuple(float(x) for x in np.geomspace(1.0, 0.005, 16))
+"""Noise standard deviations that are tried, in units of the target's, each from the minimum of the last."""
+FEW = 20
+"""Validation rows below which they do not choose the noise."""
+LINEARISED_DIM = 1500
+"""Parameters above which the predictive of the MAP stands for that of the posterior: the matrices cost too much."""
+EQUAL = 0.01
+"""Scores that differ by less, in nats a row, are taken as equal."""
+WORSE = 0.2
+"""The search by validation ends where the NLL is this much above its best, in nats a row."""
 PRECISIONS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Prior precisions that are tried where validation rows decide."""
 ROUNDS = 3
@@ -64,8 +75,11 @@ def choose_scale(
         return _by_validation(run, network, point, descend)
     if not (free_noise or free_prior):
         return dataclasses.replace(point, how="as configured")
+    if free_noise and not free_prior and len(run.dataset.validation.y) >= FEW:
+        return _noise_by_validation(run, network, point, descend)
     best, highest = point, -math.inf
-    for noise in NOISES if free_noise else (point.noise_std,):
+    unit = target_std(run)
+    for noise in [unit * share for share in NOISES] if free_noise else [point.noise_std]:
         point = dataclasses.replace(point, noise_std=noise)
         for _ in range(ROUNDS if free_prior else 1):
             potential = build_potential(run, network, noise, point.precision)
@@ -90,7 +104,52 @@ def noise_of(run: Run, network: Network, theta: Tensor) -> float:
         return run.config.likelihood.noise_std
     unit: Potential = build_potential(run, network, 1.0, 1.0)
     squares = 2 * float(unit.nll(theta[None])[0]) - unit.rows * math.log(2 * math.pi)
-    return math.sqrt(max(squares / unit.rows, NOISES[-1] ** 2))
+    return math.sqrt(max(squares / unit.rows, (NOISES[-1] * target_std(run)) ** 2))
+
+
+def target_std(run: Run) -> float:
+    """Standard deviation of the training targets as the network sees them: one, unless they are not standardised."""
+    return float(np.std(np.asarray(run.dataset.train.y, dtype=np.float64))) or 1.0
+
+
+def _noise_by_validation(run: Run, network: Network, point: Scale, descend: Descend) -> Scale:
+    """The largest noise on the grid whose validation NLL is as good as the best."""
+    found: list[tuple[float, Scale]] = []
+    unit, lowest = target_std(run), math.inf
+    for share in NOISES:
+        noise = unit * share
+        potential = build_potential(run, network, noise, point.precision)
+        theta = descend(run, potential, point.theta, last=False).theta
+        point = dataclasses.replace(point, theta=theta, noise_std=noise, how="noise by validation NLL")
+        score = _predictive_nll(run, network, potential, theta, noise)
+        found.append((score, point))
+        lowest = min(lowest, score)
+        if not score < lowest + WORSE:
+            break
+    return next(point for score, point in found if score <= lowest + EQUAL)
+
+
+def _predictive_nll(run: Run, network: Network, potential: Potential, theta: Tensor, noise: float) -> float:
+    """NLL of the validation rows, in nats a row: mean of the MAP's and of the linearised Laplace predictive's.
+
+    The MAP takes its own error for noise, and the linearised posterior of a network that interpolates is too wide, so
+    that it leaves too little noise; walks lie between. Larger networks take the MAP's alone.
+    """
+    point = _validation_nll(run, network, potential, theta)
+    if theta.numel() > LINEARISED_DIM:
+        return point
+    x = to_tensors(run.dataset.validation.x, network.dtype, network.device)
+    variance = Laplace.fit(potential, theta).variance(x)[:, 0] + noise**2
+    error = (network.outputs(theta, x)[:, 0] - targets(run.dataset.validation, network)).double().cpu()
+    wide = float((error.square() / variance + (2 * math.pi * variance).log()).mean()) / 2
+    return (point + wide) / 2 if math.isfinite(wide) else math.inf
+
+
+def _validation_nll(run: Run, network: Network, potential: Potential, theta: Tensor) -> float:
+    """Mean NLL of the validation rows, in nats a row."""
+    x = to_tensors(run.dataset.validation.x, network.dtype, network.device)
+    score = float(potential.likelihood.nll(network.outputs(theta, x), targets(run.dataset.validation, network)).mean())
+    return score if math.isfinite(score) else math.inf
 
 
 def _precision(gamma: float, theta: Tensor) -> float:
@@ -100,12 +159,10 @@ def _precision(gamma: float, theta: Tensor) -> float:
 
 def _by_validation(run: Run, network: Network, point: Scale, descend: Descend) -> Scale:
     """The precision whose MAP, refitted from the last one, has the lowest validation NLL."""
-    x = to_tensors(run.dataset.validation.x, network.dtype, network.device)
-    y = targets(run.dataset.validation, network)
     found: list[tuple[float, Scale]] = []
     for precision in reversed(PRECISIONS):
         potential = build_potential(run, network, point.noise_std, precision)
         theta = descend(run, potential, point.theta, last=False).theta
         point = dataclasses.replace(point, theta=theta, precision=precision, how="prior precision by validation NLL")
-        found.append((float(potential.likelihood.nll(network.outputs(theta, x), y).mean()), point))
+        found.append((_validation_nll(run, network, potential, theta), point))
     return min(found, key=lambda pair: pair[0])[1]

@@ -20,7 +20,7 @@ from pipeline.store import SampleStore
 
 VALIDATION = "shortest radius whose validation NLL is as good as the best"
 RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
-
+HELD_BACK = RISE + " and whose validation NLL is as good as the best"
 TILTED = "end of the tilted walk, whose endpoints are the draws"
 
 MARGIN = 0.005
@@ -32,8 +32,9 @@ def select(run: Run, report: Progress) -> None:
 
     Classification with validation rows takes the left end of the plateau around the best model-averaged validation NLL
     (see `left_of_plateau`); regression, or no validation rows, the largest radius at which the mean rise of the summed
-    training NLL over that of the MAP estimate stays below half the effective number of parameters. Tilted walks count
-    at their end. The choice is for `evaluation.draws` draws.
+    training NLL over that of the MAP estimate stays below half the effective number of parameters, and at which the
+    validation NLL is not worse than its best by more than a standard error. Tilted walks count at their end. The
+    choice is for `evaluation.draws` draws.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
@@ -66,8 +67,23 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
     if task == "classification" and best is not None:
         return {"radius": best, "rule": VALIDATION, "validation_radius": best}
     above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
-    last = above.index(True) - 1 if True in above else len(above) - 1
-    return {"radius": float(curve[max(last, 0)]["radius"]), "rule": RISE, "validation_radius": best}
+    last = max(above.index(True) - 1 if True in above else len(above) - 1, 0)
+    held = last if best is None else _not_worse(scores[: last + 1], errors[: last + 1])
+    return {
+        "radius": float(curve[held]["radius"]),
+        "rule": RISE if held == last else HELD_BACK,
+        "validation_radius": best,
+    }
+
+
+def _not_worse(scores: np.ndarray, errors: np.ndarray) -> int:
+    """Furthest point whose score exceeds the lowest by no more than its error.
+
+    Validation rows inside the training range are blind to gaps, where longer walks help, but see a walk that harms.
+    """
+    if np.isnan(scores).all():
+        return len(scores) - 1
+    return int(np.flatnonzero(scores - np.nanmin(scores) <= errors)[-1])
 
 
 def left_of_plateau(scores: np.ndarray, errors: np.ndarray) -> int:

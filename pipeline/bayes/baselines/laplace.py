@@ -50,6 +50,20 @@ class Laplace:
         normal = torch.as_tensor(rng.standard_normal((n, len(self.values))))
         return ((normal * (self.values + factor).rsqrt()) @ self.vectors.T).to(self.theta_star)
 
+    def variance(self, x: Tree) -> Tensor:
+        """Variance of the outputs of the linearised network, (rows, columns), in double precision."""
+
+        def outputs(t: Tensor, row: Tree) -> Tensor:
+            return self.network.outputs(t, map_tree(lambda leaf: leaf[None], row))[0]
+
+        size, shrink = max(1, _JACOBIAN_BYTES // (8 * len(self.values))), (self.values + 1).rsqrt()
+        parts: list[Tensor] = []
+        for first in range(0, row_count(x), size):
+            piece = slice_rows(x, first, first + size)
+            jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(self.theta_star, piece).double()
+            parts.append((jacobian @ self.vectors * shrink).square().sum(-1))
+        return torch.cat(parts)
+
     def linearised(self, offsets: Tensor, x: Tree) -> Iterator[Tensor]:
         """Outputs of the linearised network, in double precision, (1, rows, columns) for each offset in turn."""
 
