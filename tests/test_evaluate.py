@@ -27,7 +27,7 @@ from pipeline.stages.figures import FIGURES, raw_inputs
 from pipeline.stages.methods import Unavailable, random_draws, second_opinion
 from pipeline.stages.paths import read_paths
 from pipeline.stages.predict import predict
-from pipeline.stages.select import RISE, VALIDATION, choose_radius, left_of_plateau
+from pipeline.stages.select import HELD_BACK, RISE, VALIDATION, choose_radius, left_of_plateau
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
 from pipeline.streams import stream
@@ -179,6 +179,13 @@ CURVE = [(1.0, 0.5, 1.0), (2.0, 0.4, 3.0), (3.0, 0.45, 4.9), (4.0, 0.6, 9.0), (5
 def test_rule_of_the_radius(task, validation, gamma, radius, rule):
     curve = [{"radius": r, "validation_nll": v if validation else None, "nll_rise": n} for r, v, n in CURVE]
     choice = choose_radius(curve, gamma, task)
+    assert (choice["radius"], choice["rule"]) == (radius, rule)
+
+
+@pytest.mark.parametrize(("error", "radius", "rule"), [(0.06, 3.0, RISE), (0.04, 2.0, HELD_BACK)])
+def test_a_regression_is_held_back_only_where_validation_rows_see_the_harm(error, radius, rule):
+    curve = [{"radius": r, "validation_nll": v, "validation_se": error, "nll_rise": n} for r, v, n in CURVE]
+    choice = choose_radius(curve, 10.0, "regression")
     assert (choice["radius"], choice["rule"]) == (radius, rule)
 
 
