@@ -98,6 +98,17 @@ def test_the_noise_of_an_interpolating_network_does_not_collapse(tmp_path):
     assert 0.2 < load_problem(run, 0).info["noise_std"] <= 1.0
 
 
+def test_the_noise_of_a_regression_is_near_its_true_one_without_a_setting(tmp_path):
+    # The curve has noise 0.15 and a standard deviation near 0.7, so that the noise is 0.2 of it. A noise of 0.45 leaves
+    # half of the curve unexplained; one of 0.1 costs more than a nat a validation row.
+    data = {"source": "python:pipeline.data.synthetic:snelson_like", "task": "regression", "standardize": False}
+    run = opened(tmp_path, data=data, model={"hidden": [8]}, prior={"precision": 0.1})
+    estimate(run, SerialExecutor(), LogProgress())
+    info = load_problem(run, 0).info
+    assert info["prior_how"] == "noise by validation NLL"
+    assert 0.1 < info["noise_std"] < 0.3
+
+
 def test_weights_off_the_minimum_are_refused_with_the_distance_and_can_be_polished(tmp_path):
     run = opened(tmp_path)
     estimate(run, SerialExecutor(), LogProgress())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.bayes import curvature as curvature_module
+from pipeline.bayes import target as target_module
 from pipeline.bayes.curvature import measure
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic
 from pipeline.bayes.minimise import certify, first_order, quasi_newton
@@ -41,6 +42,15 @@ def test_gradient_and_hessian_products_equal_autograd(likelihood, columns):
     (slope,) = torch.autograd.grad(potential.value(leaf[None])[0], leaf)
     assert torch.allclose(potential.gradient(theta[None])[0][0], slope)
     assert torch.allclose(hessian(potential, theta), whole)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
+def test_differences_of_gradients_equal_exact_hessian_products(likelihood, columns, monkeypatch):
+    potential = small_problem(likelihood, columns)
+    theta = torch.randn(potential.network.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole = hessian(potential, theta)
+    monkeypatch.setattr(target_module, "DIFFERENCED", 0)
+    assert torch.allclose(hessian(potential, theta), whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
