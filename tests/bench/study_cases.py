@@ -141,10 +141,10 @@ def _images(name: str, others: list[str]) -> Callable[[Path, Path, int], dict[st
                 "train_rows": 5000,
                 "ood": [f"idx:{root / other}/" for other in others],
             },
-            "model": {"architecture": "conv", "hidden": [8, 16]},
+            "model": {"architecture": "conv", "hidden": [4, 14]},
             "prior": {"precision": 0.3},
             "map": {"starts": 5},
-            "walk": {"walks": 80, "walks_per_shard": 8, "batch_size": 500},
+            "walk": {"walks": 80, "walks_per_shard": 8, "batch_size": 500, "correction": "deflated-momentum"},
             "evaluation": {"draws": 80, "baselines": TABLE},
         }
 
