@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.bayes.bootstrap import Score, Statistic, bootstrap, row_mean
+from pipeline.bayes.bootstrap import Score, bootstrap, row_mean
 from pipeline.bayes.mixture import component_nll, mixture_cdf, mixture_crps, mixture_nll, mixture_quantile
 
 BINS = 15
@@ -157,22 +157,22 @@ def selective_scores(
     first = np.unique(uncertainty[order], return_index=True)[1]
     ranked = loss[order]
 
-    def curve(share: float) -> Statistic:
-        def statistic(weights: np.ndarray) -> np.ndarray:
-            sizes = np.add.reduceat(weights[:, order], first, axis=1)
-            losses = np.add.reduceat(weights[:, order] * ranked, first, axis=1)
-            rows, total = np.cumsum(sizes, axis=1), np.cumsum(losses, axis=1)
-            wanted = share * rows[:, -1:]
-            # The group of equal uncertainty in which the share ends counts with the part that is needed of it.
-            last = (rows < wanted - 1e-9).sum(axis=1, keepdims=True)
-            pick = [np.take_along_axis(array, last, axis=1) for array in (rows, total, sizes, losses)]
-            part = (wanted - pick[0] + pick[2]) / pick[2]
-            mean = ((pick[1] - pick[3] + part * pick[3]) / wanted)[:, 0]
-            return np.sqrt(mean) if root else mean
+    def points(weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, order].astype(np.float64)
+        sizes = np.add.reduceat(drawn, first, axis=1)
+        losses = np.add.reduceat(drawn * ranked, first, axis=1)
+        rows, total = np.cumsum(sizes, axis=1), np.cumsum(losses, axis=1)
+        wanted = np.asarray(shares) * rows[:, -1:]
+        # The group of equal uncertainty in which a share ends counts with the part that is needed of it.
+        last = np.stack([np.searchsorted(line, ends - 1e-9) for line, ends in zip(rows, wanted, strict=True)])
+        row, mean, size, inside = (np.take_along_axis(array, last, axis=1) for array in (rows, total, sizes, losses))
+        mean = (mean - inside + (wanted - row + size) / size * inside) / wanted
+        return np.sqrt(mean) if root else mean
 
-        return statistic
-
-    return [bootstrap(curve(share), counts) for share in shares]
+    value = points(np.ones((1, len(loss))))[0]
+    step = max(1, 1_000_000 // len(loss))
+    drawn = np.concatenate([points(counts[i : i + step]) for i in range(0, len(counts), step)])
+    return [Score(float(v), float(r.std(ddof=1)), replicates=r) for v, r in zip(value, drawn.T, strict=True)]
 
 
 def detection_scores(

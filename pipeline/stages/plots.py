@@ -183,10 +183,13 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
     alt = "Histograms of predictive uncertainty on test rows and out-of-distribution rows. " + "; ".join(words)
     unit = "entropy, nats" if "test/walk/probabilities" in arrays else "predictive standard deviation"
     with drawing("uncertainty", alt, len(names), size=(4.7, 0.5 + 1.35 * len(names))) as canvas:
+        spreads = {name: {s: _spread(arrays, s, name) for s in sets} for name in names}
+        # One axis for all, so that panels can be compared.
+        pooled = np.concatenate([value for by in spreads.values() for value in by.values()])
+        bottom, top = np.quantile(pooled, [0.0, 0.995])
+        bottom, top = (0.0, max(top, 1e-9)) if top > 2 * bottom else (0.9 * bottom, 1.1 * top)
         for axes, name in zip(canvas.axes[:, 0], names, strict=True):
-            values = {s: _spread(arrays, s, name) for s in sets}
-            bottom, top = np.quantile(np.concatenate(list(values.values())), [0.0, 0.995])
-            bottom, top = (0.0, max(top, 1e-9)) if top > 2 * bottom else (0.9 * bottom, 1.1 * top)
+            values = spreads[name]
             for number, (place, value) in enumerate(values.items()):
                 colour = SERIES[0] if place == "test" else SERIES[1 + number % 6]
                 label = "test rows" if place == "test" else place.removeprefix("ood/")
