@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.bayes.curvature import Curvature
 from pipeline.bayes.halving import Halving
-from pipeline.bayes.kernels import choose_form, nll_gradient
+from pipeline.bayes.kernels import nll_gradient, plan_form
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential, prior_precision
@@ -109,9 +109,7 @@ def build_potential(
     likelihood = likelihood_of(run.config, run.dataset.schema, noise_std)
     x = to_tensors(run.dataset.train.x, network.dtype, network.device)
     y = targets(run.dataset.train, network)
-    form = form or choose_form(
-        network.module, len(run.dataset.train.y), network.dim, network.device, batches=network.batches(x)
-    )
+    form = form or plan_form(network, x, len(run.dataset.train.y), 0, False)[0]
     kernel = Halving(nll_gradient(network, likelihood, x, y, form=form, compile=compile))
     vector = prior_precision(network.layout, precision, network.dtype).to(network.device)
     return Potential(network, likelihood, vector, x, y, kernel)

@@ -8,8 +8,7 @@ once, is decided by shapes and never by timing: batch shapes change rounding, an
 from __future__ import annotations
 
 import logging
-import os
-import shutil
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.func import grad_and_value, vmap
 
 from pipeline.bayes.batched import BatchedChain, even_parts
 from pipeline.bayes.chain import parse_chain
+from pipeline.bayes.compiled import Compiled, compiler_found
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import NllGradient
@@ -26,15 +26,23 @@ from pipeline.errors import InputError
 FORMS = ("batched", "vmap", "loop")
 
 LOOP_FROM = 1 << 20
-"""Rows times parameters from which a loop over walks beats vmap on a CPU."""
+"""Rows times parameters, or rows times elements of all layers, from which a loop over walks beats vmap on a CPU."""
 VMAP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Most elements between the layers of one chunk of walks under vmap."""
+FEWEST_COMPILED = 4
+"""Walks from which a call is compiled: single points are evaluated once or twice."""
 
 log = logging.getLogger(__name__)
 
 
 def choose_form(
-    module: nn.Module, rows: int, dim: int, device: str | torch.device, compile: bool = False, batches: bool = True
+    module: nn.Module,
+    rows: int,
+    dim: int,
+    device: str | torch.device,
+    compile: bool = False,
+    batches: bool = True,
+    elements: int = 0,
 ) -> str:
     """The form that measures fastest for this kind of network; a rule of shapes, never of timing.
 
@@ -45,23 +53,49 @@ def choose_form(
         device: Where it is computed.
         compile: Whether the form may be compiled.
         batches: Whether torch.func takes the network; see `Network.batches`.
+        elements: Elements of all layers for one row; see `layer_elements`.
     """
     if not batches:
         return "loop"
     if parse_chain(module, dim) is not None:
         return "batched"
     # One gradient of a larger network keeps a CPU core busy, and vmap's batching costs it more than it saves.
-    alone = torch.device(device).type == "cpu" and rows * dim > LOOP_FROM
+    alone = torch.device(device).type == "cpu" and rows * max(dim, elements) > LOOP_FROM
     return "loop" if alone and not compile else "vmap"
 
 
-def compile_pays(evaluations: int, rows: int, dim: int) -> bool:
+def plan_form(
+    network: Network, x: Tree, rows: int, evaluations: int, compile: bool | Literal["auto"]
+) -> tuple[str, bool]:
+    """The form for planned work, and whether it is compiled.
+
+    Args:
+        network: The network.
+        x: A few rows of the inputs.
+        rows: Data rows in one gradient.
+        evaluations: Gradients of single walks that are planned.
+        compile: Whether to compile, or "auto": where the work repays it.
+    """
+    shape = network.module, rows, network.dim, network.device
+    elements, batches = layer_elements(network, x), network.batches(x)
+    form = choose_form(*shape, batches=batches, elements=elements)
+    pays = compile_pays(evaluations, rows, network.dim, elements) if compile == "auto" else compile
+    compiled = pays and choose_form(*shape, compile=True, batches=batches, elements=elements) == "vmap"
+    if compile is True and not compiled:
+        log.info("walk.compile: the form '%s', which suits this network, has nothing to compile.", form)
+    return ("vmap" if compiled else form), compiled
+
+
+def compile_pays(evaluations: int, rows: int, dim: int, elements: int) -> bool:
     """Whether `vmap` under torch.compile repays its compile time; arithmetic on the planned work, never timing.
 
-    About 6 * rows * dim operations a gradient at 20 Gflop/s in eager mode, of which compiling saves two fifths, against
-    a minute for the compiler.
+    Many small operations gain, by a factor of two to three: those of networks below `LOOP_FROM`, at about five
+    nanoseconds an element and 20 Gflop/s. Large ones are as fast in a loop. The compiler takes about half a minute.
     """
-    return evaluations * (6.0 * rows * dim / 20e9) * 0.4 > 60
+    if rows * max(dim, elements) > LOOP_FROM:
+        return False
+    eager = 5e-9 * rows * elements + 6.0 * rows * dim / 20e9
+    return evaluations * eager * 0.5 > 60
 
 
 def nll_gradient(
@@ -92,7 +126,7 @@ def nll_gradient(
             )
         return BatchedChain(chain, likelihood, x, y)
     if form == "vmap":
-        return _Vmap(network, likelihood, x, y, compile and _compiler_found())
+        return _Vmap(network, likelihood, x, y, compile and compiler_found())
     if form == "loop":
         return _Loop(network, likelihood, x, y)
     raise InputError(f"walk.form must be one of {', '.join(FORMS)}, got '{form}'.")
@@ -132,30 +166,27 @@ class _Vmap(_General):
     def __init__(self, network: Network, likelihood: Likelihood, x: Tree, y: Tensor, compile: bool):
         super().__init__(network, likelihood, x, y)
         self._eager = vmap(grad_and_value(self._nll), in_dims=(0, None, None), randomness="error")
-        self._many = torch.compile(self._eager, dynamic=False) if compile else self._eager
-        self._activations = _activation_elements(network, x)
+        self._elements = layer_elements(network, x)
+        self._compiled = Compiled(self._eager) if compile else None
 
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = self._rows(rows)
-        most = VMAP_ELEMENTS["cpu" if theta.device.type == "cpu" else "cuda"] // (
-            self._activations * row_count(x) + theta.shape[1]
-        )
-        chunk = max(4, min(128, most))
-        parts = [self._run(theta[a:b], x, y) for a, b in even_parts(len(theta), chunk)]
-        return torch.cat([g for g, _ in parts]), torch.cat([v for _, v in parts])
-
-    def _run(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self._many is not self._eager:
-            try:
-                return self._many(theta, x, y)
-            except RuntimeError as error:
-                log.warning("torch.compile failed (%s); going on without it.", str(error).partition("\n")[0])
-                self._many = self._eager
-        return self._eager(theta, x, y)
+        kind = "cpu" if theta.device.type == "cpu" else "cuda"
+        most = VMAP_ELEMENTS[kind] // (self._elements * row_count(x) + theta.shape[1])
+        bounds = even_parts(len(theta), max(4, min(128, most)))
+        if self._compiled is None or len(theta) < FEWEST_COMPILED:
+            parts = [self._eager(theta[a:b], x, y) for a, b in bounds]
+            return torch.cat([g for g, _ in parts]), torch.cat([v for _, v in parts])
+        gradient, nll = torch.empty_like(theta), theta.new_empty(len(theta))
+        size = max(b - a for a, b in bounds)
+        for _, last in bounds:  # parts of one size, which may overlap: each size is a graph of its own
+            part = slice(max(0, last - size), max(size, last))
+            gradient[part], nll[part] = self._compiled(theta[part], x, y)
+        return gradient, nll
 
 
-def _activation_elements(network: Network, x: Tree) -> int:
-    """Elements of all layer outputs for one row of one parameter vector."""
+def layer_elements(network: Network, x: Tree) -> int:
+    """Elements of all layers' outputs for one row of one parameter vector."""
     total = 0
 
     def count(module: nn.Module, args: tuple, output: object) -> None:
@@ -170,12 +201,3 @@ def _activation_elements(network: Network, x: Tree) -> int:
         for hook in hooks:
             hook.remove()
     return total
-
-
-def _compiler_found() -> bool:
-    """Whether there is a C++ compiler that torch.compile can call."""
-    command = os.environ.get("CXX", "g++" if shutil.which("g++") else "clang++")
-    if shutil.which(command) is None:
-        log.warning("walk.compile: no C++ compiler was found; going on without torch.compile.")
-        return False
-    return True

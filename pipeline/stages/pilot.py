@@ -64,7 +64,7 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
     The length ends at twice the distance at which posterior draws lie where the data say nothing,
     sqrt(sum 1 / alpha): beyond, the prior forbids.
     """
-    problem = load_problem(run, 0, plan)
+    problem = load_problem(run, 0, dataclasses.replace(plan, compile=False))  # a few walks do not repay a compiler
     automatic = run.config.walk.length == "auto" and plan.tilt == "none"
     trials: list[_Trial] = []
     for candidate in _candidates(run, plan, problem):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bayes.kernels import choose_form, compile_pays
+from pipeline.bayes.kernels import plan_form
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import prior_precision
 from pipeline.bayes.trees import slice_rows, to_tensors
-from pipeline.build import DTYPES, device_of, load_network, start_folder
+from pipeline.build import DTYPES, load_network, start_folder
 from pipeline.executor import Executor
 from pipeline.plan import Shard, WalkPlan
 from pipeline.progress import Progress
@@ -104,9 +104,8 @@ def draft_plan(run: Run) -> WalkPlan:
     rows = len(run.dataset.train.y)
     batch = 0 if walk.batch_size == "full" else walk.batch_size
     few = to_tensors(slice_rows(run.dataset.train.x, 0, 2), network.dtype, network.device)
-    form = choose_form(network.module, batch or rows, network.dim, device_of(run.config), batches=network.batches(few))
     work = walk.walks * steps * walk.corrections
-    compiled = walk.compile if walk.compile != "auto" else compile_pays(work, batch or rows, network.dim)
+    form, compiled = plan_form(network, few, batch or rows, work, walk.compile)
     records = math.ceil(steps / walk.record_every)
     plan = WalkPlan(
         walks=walk.walks,
