@@ -64,21 +64,31 @@ def test_eight_writers_have_one_winner(storage: Storage):
 def test_large_objects_are_committed_in_one_step(storage: Storage):
     data = os.urandom(PART) * 2 + b"the rest"
     pieces = [data[i : i + 2**20] for i in range(0, len(data), 2**20)]
-    assert storage.create_from("large", lambda file: file.writelines(pieces))
+
+    def write(file) -> None:  # the way a block is sealed: the end is changed when all the rest is written
+        file.writelines(pieces[:-1] + [b"the seal"])
+        file.seek(-4, 2)
+        assert file.read() == b"seal"
+        file.seek(-4, 2)
+        file.write(b"rest")
+
+    assert storage.create_from("large", write)
     assert storage.read("large") == data
     assert not storage.create("large", data[::-1])
     assert storage.read_range("large", len(data) - 4, 4) == b"rest"
     assert storage.sweep(min_age=0) == []
 
 
-def test_a_writer_that_fails_leaves_nothing(storage: Storage):
+@pytest.mark.parametrize("size", [4, 3 * PART])
+def test_a_writer_that_fails_leaves_nothing(storage: Storage, size: int):
     def write(file):
-        file.write(b"half")
+        file.write(bytes(size))
         raise ValueError("on the way")
 
     with pytest.raises(ValueError, match="on the way"):
         storage.create_from("name", write)
     assert storage.list() == []
+    assert storage.sweep(min_age=0) == []
     assert storage.create("name", b"whole")
 
 

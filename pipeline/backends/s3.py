@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import functools
@@ -10,15 +9,12 @@ import hashlib
 import io
 import os
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 from pipeline.backends.base import Entry, Patience, Truncated, passing, service_code
+from pipeline.backends.parts import PART, Ahead, Parts
 
-PART = 16 * 2**20
-"""Bytes of one part of a large upload, and of one read."""
 _TAKEN = {"PreconditionFailed", "412"}
 _SPOOL = 128 * 2**20
 
@@ -41,6 +37,8 @@ def _connect(process: int, settings: tuple[tuple[str, str], ...], connect_timeou
         "read_timeout": read_timeout,
         "retries": {"total_max_attempts": 1},
         "max_pool_connections": 16,
+        # Every body is signed with its sha256; a checksum beside it would be taken over the same bytes again.
+        "request_checksum_calculation": "when_required",
     }
     files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
     files.retries = 1  # retrying is done here, where an ambiguous answer can be told from a plain one
@@ -134,29 +132,45 @@ class S3Backend:
             token = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def create(self, path: str, write: Callable[[IO[bytes]], None]) -> bool:
-        """Commit a new object; what is written waits in memory, or in a temporary file if it is large."""
+        """Commit a new object; what is written waits in memory, or in a temporary file if it is large.
+
+        The parts of a large object leave while it is being written. The name is asked for first, since the condition
+        would refuse a taken one only after the whole upload.
+        """
+        taken = False
+
+        def begin() -> Parts | None:
+            nonlocal taken
+            taken = self.size(path) is not None
+            return None if taken else self._parts(path)
+
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as file:
-            write(file)  # type: ignore[arg-type]
-            return self._upload(path, file, {"IfNoneMatch": "*"})  # type: ignore[arg-type]
+            ahead = Ahead(file, begin)  # type: ignore[arg-type]
+            try:
+                write(ahead)  # type: ignore[arg-type]
+            except BaseException:
+                if ahead.parts is not None:
+                    ahead.parts.abort()
+                raise
+            return False if taken else self._upload(path, file, {"IfNoneMatch": "*"}, ahead)  # type: ignore[arg-type]
 
     def replace(self, path: str, data: bytes) -> None:
         """Commit an object over whatever is there."""
         self._upload(path, io.BytesIO(data), {})
 
-    def _upload(self, path: str, file: IO[bytes], condition: dict[str, str]) -> bool:
+    def _upload(self, path: str, file: IO[bytes], condition: dict[str, str], ahead: Ahead | None = None) -> bool:
         size = file.seek(0, io.SEEK_END)
-        if condition and size > 2 * PART and self.size(path) is not None:
-            return False  # the condition would refuse it too, but only after the whole upload
         doubt = False
 
-        def attempt(_: int) -> bool:
+        def attempt(number: int) -> bool:
             nonlocal doubt
             try:
                 if size <= 2 * PART:
                     file.seek(0)
                     self.request("put_object", Key=self.prefix + path, Body=file.read(), **condition)
                 else:
-                    self._upload_parts(path, file, size, condition)
+                    begun = ahead if ahead is not None and number == 0 else None
+                    self._upload_parts(path, begun or Ahead(file, lambda: None), condition)
                 return True
             except Exception as error:
                 if condition and _taken(error):
@@ -169,33 +183,22 @@ class S3Backend:
 
         return self._patience.retry(attempt, f"Writing {path}")
 
-    def _upload_parts(self, path: str, file: IO[bytes], size: int, condition: dict[str, str]) -> None:
-        key = self.prefix + path
-        upload = self.request("create_multipart_upload", Key=key)["UploadId"]
-
-        def send(number: int, body: bytes) -> dict[str, Any]:
-            answer = self._patience.retry(
-                lambda _: self.request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=body),
-                f"Writing part {number} of {path}",
-            )
-            return {"PartNumber": number, "ETag": answer["ETag"]}
-
+    def _upload_parts(self, path: str, ahead: Ahead, condition: dict[str, str]) -> None:
+        ahead.parts = ahead.parts or self._parts(path)
         try:
-            parts: list[dict[str, Any]] = []
-            with ThreadPoolExecutor(4) as pool:
-                file.seek(0)
-                sent: deque[Future[dict[str, Any]]] = deque()
-                for number in range(1, -(-size // PART) + 1):
-                    sent.append(pool.submit(send, number, file.read(PART)))
-                    if len(sent) == 4:  # so many parts are in memory at a time
-                        parts.append(sent.popleft().result())
-                parts += [part.result() for part in sent]
-            whole = {"Parts": parts}
-            self.request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload=whole, **condition)
-        except Exception:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                self.request("abort_multipart_upload", Key=key, UploadId=upload)
+            ahead.send_rest()
+            ahead.parts.finish(**condition)
+        except BaseException:
+            ahead.parts.abort()
             raise
+
+    def _parts(self, path: str) -> Parts:
+        once = functools.partial(self.request, Key=self.prefix + path)
+
+        def request(method: str, what: str, **arguments: Any) -> dict[str, Any]:
+            return self._patience.retry(lambda _: once(method, **arguments), f"{what} {path}")
+
+        return Parts(request, once)
 
     def _holds(self, path: str, file: IO[bytes], size: int) -> bool:
         """Whether the stored object has exactly the bytes of `file`."""
