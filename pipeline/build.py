@@ -115,15 +115,25 @@ def build_potential(
     return Potential(network, likelihood, vector, x, y, kernel)
 
 
+MAP_FILES = ("theta.safetensors", "curvature.safetensors", "map.json")
+"""Objects of one MAP estimate; the last names the digests of the others and is written last."""
+
+
 def start_folder(start: int) -> str:
     """Folder of one MAP estimate below the run."""
     return f"map/start={start}"
 
 
+def _read_file(run: Run, start: int, info: dict[str, Any], name: str) -> bytes:
+    """Bytes of a file of a MAP estimate, checked against the digest in its `map.json`."""
+    return run.storage.read_checked(f"{start_folder(start)}/{name}", info["files"][name])
+
+
 def load_network(run: Run, start: int, dtype: torch.dtype) -> tuple[Network, Tensor]:
     """The network with the stored state of a MAP estimate, and theta*, (D,)."""
     network = build_network(run.config, run.dataset.schema, start, dtype)
-    state = load(run.storage.read(f"{start_folder(start)}/theta.safetensors"))
+    info = run.storage.read_json(f"{start_folder(start)}/map.json")
+    state = load(_read_file(run, start, info, "theta.safetensors"))
     network.module.load_state_dict(state)
     return network, network.theta()
 
@@ -138,12 +148,11 @@ def load_problem(run: Run, start: int, plan: WalkPlan | None = None, dtype: torc
         dtype: Floating-point type; None takes that of the walk.
     """
     dtype = dtype or DTYPES[run.config.walk.dtype]
-    folder = start_folder(start)
-    info = run.storage.read_json(f"{folder}/map.json")
+    info = run.storage.read_json(f"{start_folder(start)}/map.json")
     network, theta = load_network(run, start, dtype)
     form, compiled = (plan.form, plan.compile) if plan else (None, False)
     potential = build_potential(run, network, info["noise_std"], info["prior_precision"], form, compiled)
-    tensors = load(run.storage.read(f"{folder}/curvature.safetensors"))
+    tensors = load(_read_file(run, start, info, "curvature.safetensors"))
     curvature = Curvature(
         lambda_max=info["lambda_max"],
         values=tensors["values"].to(theta),

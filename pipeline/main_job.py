@@ -8,25 +8,34 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from rich.console import Console
 
+from pipeline.build import MAP_FILES
 from pipeline.executor import Executor, SerialExecutor
-from pipeline.fitting.job import Trainer
+from pipeline.fitting.job import Trainer, facts_path, weights_path
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
-STAGE_OBJECTS = ("plan.json", "radius.json", "evaluation.json", "report.html")
-
 
 def finished(run: Run) -> bool:
-    """Whether every planned row is committed and every stage is done and made from the present blocks."""
-    if not all(run.storage.exists(name) for name in STAGE_OBJECTS):
-        return False
-    kind = run.config.deformation.kind
-    if kind != "none" and not run.storage.exists("deformation/deformation.json"):
+    """Whether every planned row is committed and every stage is done and made from the present blocks.
+
+    Raises:
+        RunError: A block's footer or a result is damaged; the message names it.
+    """
+    made = {entry.path for entry in run.storage.list()}
+    if not {"plan.json", "radius.json", "evaluation.json", "evaluation/figures.safetensors", "report.html"} <= made:
         return False
     store = SampleStore.open(run.uri)
-    committed = store.committed_all()
-    return all(len(committed.get(s.index, ())) >= store.plan.blocks_per_shard for s in store.plan.shards())
+    needed = {key.path for key in store.keys()}
+    needed |= {f"map/start={k}/{name}" for k in range(store.plan.starts) for name in MAP_FILES}
+    recorded = {"radius.json": "blocks", "evaluation.json": "blocks"}
+    if run.config.deformation.kind != "none":
+        needed |= {path(k) for k in range(store.plan.starts) for path in (facts_path, weights_path)}
+        recorded["deformation/deformation.json"] = "trained_on"
+    if not needed | recorded.keys() <= made:
+        return False
+    digest = store.digest()
+    return all(run.storage.read_json(path)[name] == digest for path, name in recorded.items())
 
 
 Workers = AbstractContextManager[tuple[Executor, Trainer]]

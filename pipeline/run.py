@@ -13,7 +13,8 @@ import yaml
 
 from pipeline.config import Config, config_difference, parse_config
 from pipeline.data import Dataset, load_dataset
-from pipeline.errors import InputError
+from pipeline.documents import sealed_text, text_is_sealed
+from pipeline.errors import InputError, RunError
 from pipeline.storage import Storage
 
 SCHEMA = 1
@@ -51,7 +52,7 @@ def claim(run: Run) -> None:
     run.storage.check_writable()  # first, because it says best what is wrong with a place
     _refuse_foreign(run)
     run.storage.create_json("run.json", describe(run))
-    run.storage.create("config.yaml", run.config.to_yaml().encode())
+    run.storage.create("config.yaml", sealed_text(run.config.to_yaml().encode()))
     _refuse_foreign(run)  # another driver may have been first
 
 
@@ -75,7 +76,7 @@ def stored_config(run_uri: str, *, trust_code: bool = False) -> Config:
         raise InputError(
             f"No run at {run_uri}: config.yaml is missing there. Give the address that 'fiberwalk run' printed."
         )
-    config = parse_config(yaml.safe_load(storage.read("config.yaml")))
+    config = _parse_stored(storage)
     if config.own_code and not trust_code:
         raise InputError(
             f"The stored configuration of {run_uri} runs Python code ({'; '.join(config.own_code)}). "
@@ -119,7 +120,10 @@ def code_digest() -> str:
 
 def _refuse_foreign(run: Run) -> None:
     if run.storage.exists("run.json"):
-        stored = run.storage.read_json("run.json")
+        # Not strict: whoever edits it by hand hears in what it differs, not that it was edited.
+        stored = run.storage.read_json("run.json", strict=False)
+        if not {"schema", "data_digest", "rows", "data"} <= stored.keys():
+            run.storage.read_json("run.json")  # says that it is damaged
         if stored["schema"] != SCHEMA:
             raise InputError(
                 f"{run.uri} was written by schema {stored['schema']}; this version writes {SCHEMA}. Use another name, "
@@ -128,7 +132,7 @@ def _refuse_foreign(run: Run) -> None:
         if stored["data_digest"] != run.dataset.digest:
             raise InputError(_other_data(run, stored))
     if run.storage.exists("config.yaml"):
-        stored_settings = parse_config(yaml.safe_load(run.storage.read("config.yaml")))
+        stored_settings = _parse_stored(run.storage)
         changes = [
             line
             for line in config_difference(stored_settings, run.config)
@@ -139,6 +143,19 @@ def _refuse_foreign(run: Run) -> None:
                 f"{run.uri} exists with another configuration (stored -> given): {'; '.join(changes)}. "
                 "Use another name."
             )
+
+
+def _parse_stored(storage: Storage) -> Config:
+    """The stored configuration; raises RunError where it was damaged so that it cannot be read."""
+    text = storage.read("config.yaml")
+    try:
+        return parse_config(yaml.safe_load(text))
+    except (InputError, yaml.YAMLError, UnicodeDecodeError):
+        if text_is_sealed(text):
+            raise
+        raise RunError(
+            f"{storage.uri}/config.yaml is damaged. Run 'fiberwalk verify {storage.uri} --repair', then run again."
+        ) from None
 
 
 def _other_data(run: Run, stored: dict[str, Any]) -> str:

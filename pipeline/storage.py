@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
-import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from pipeline.backends.base import Backend, Entry, Patience, causes, describe, p
 from pipeline.backends.local import LocalBackend, make_folders
 from pipeline.backends.other import OtherBackend
 from pipeline.backends.s3 import S3Backend
+from pipeline.documents import Damaged, decode, sealed
 from pipeline.errors import InputError, RunError
 
 __all__ = ["Entry", "Storage"]
@@ -112,6 +113,16 @@ class Storage:
         """Return a whole object."""
         return self._guard(lambda: self._backend().read(_relative(path)), f"Cannot read {path}")
 
+    def read_checked(self, path: str, sha256: str) -> bytes:
+        """Return a whole object; raises RunError if its digest is not the one that is expected."""
+        data = self.read(path)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RunError(
+                f"{self.uri}/{path} is damaged: its sha256 is not the recorded one. "
+                f"Run 'fiberwalk verify {self.uri} --repair', then run again."
+            )
+        return data
+
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Return exactly `length` bytes from byte `start`."""
         return self._guard(lambda: self._backend().read(_relative(path), start, length), f"Cannot read {path}")
@@ -168,20 +179,22 @@ class Storage:
         """Return (pyarrow.fs.FileSystem, path of the root on it)."""
         return self._backend().arrow()
 
-    def read_json(self, path: str) -> Any:
-        """Return a decoded JSON object."""
+    def read_json(self, path: str, *, strict: bool = True) -> Any:
+        """Return a decoded JSON object; with `strict` only as `create_json` or `replace_json` wrote it."""
         try:
-            return json.loads(self.read(path))
-        except ValueError as error:
-            raise RunError(f"{self.uri}/{path} is not JSON: {error}. Delete it and run again.") from None
+            return decode(self.read(path), strict=strict)
+        except Damaged as error:
+            raise RunError(
+                f"{self.uri}/{path} is damaged: {error}. Run 'fiberwalk verify {self.uri} --repair', then run again."
+            ) from None
 
     def create_json(self, path: str, value: Any) -> bool:
-        """Commit a value as a new JSON object; see `create`."""
-        return self.create(path, _encode(value))
+        """Commit a value as a new JSON object with its seal; see `create` and `pipeline.documents`."""
+        return self.create(path, sealed(value))
 
     def replace_json(self, path: str, value: Any) -> None:
-        """Commit a value as JSON over an older one; see `replace`."""
-        self.replace(path, _encode(value))
+        """Commit a value as JSON with its seal over an older one; see `replace`."""
+        self.replace(path, sealed(value))
 
     def check_writable(self) -> None:
         """Write and delete a small object within 30 s, leaving no trace.
@@ -245,10 +258,6 @@ def _of_client(error: BaseException) -> bool:
 
 def _hidden(path: str) -> bool:
     return path.rsplit("/", 1)[-1].startswith(".")
-
-
-def _encode(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 class _Pieces(io.RawIOBase):

@@ -74,6 +74,7 @@ class SampleStore:
 
     def __init__(self, storage: Storage, plan: WalkPlan, run_id: str):
         self.storage, self.plan, self.run_id = storage, plan, run_id
+        self._shards = len(plan.shards())
 
     @classmethod
     def open(cls, run_uri: str | Storage) -> SampleStore:
@@ -81,7 +82,7 @@ class SampleStore:
         storage = run_uri if isinstance(run_uri, Storage) else Storage.open(run_uri)
         try:
             plan = WalkPlan.from_json(storage.read_json("plan.json"))
-            run_id = str(storage.read_json("run.json")["run_id"])
+            run_id = str(storage.read_json("run.json", strict=False)["run_id"])
         except FileNotFoundError:
             raise InputError(
                 f"No sample store at {storage.uri}: plan.json or run.json is missing there. "
@@ -113,14 +114,25 @@ class SampleStore:
             return "momentum" in file.schema_arrow.names
 
     def entries(self) -> dict[BlockKey, Entry]:
-        """Return all objects that have the name of a block, by key in order; one listing."""
-        found = {parse_path(entry.path): entry for entry in self.storage.list("walks", ".parquet")}
+        """Return all objects that have the name of a planned block, by key in order; one listing."""
+        found = {self.planned(entry.path): entry for entry in self.storage.list("walks", ".parquet")}
         return dict(sorted((key, entry) for key, entry in found.items() if key is not None))
+
+    def planned(self, path: str) -> BlockKey | None:
+        """Return the key of a planned block's path, None for whatever else may lie beside the blocks."""
+        key = parse_path(path)
+        inside = key is not None and key.shard < self._shards and key.block < self.plan.blocks_per_shard
+        return key if inside else None
+
+    def keys(self) -> list[BlockKey]:
+        """Return the keys of all planned blocks, in order."""
+        blocks = range(self.plan.blocks_per_shard)
+        return [BlockKey(shard, block) for shard in range(self._shards) for block in blocks]
 
     def committed(self, shard: int) -> list[int]:
         """Return the numbers of the committed blocks of a shard, in order."""
         folder = BlockKey(shard, 0).path.rsplit("/", 1)[0]
-        keys = [parse_path(entry.path) for entry in self.storage.list(folder, ".parquet")]
+        keys = [self.planned(entry.path) for entry in self.storage.list(folder, ".parquet")]
         return sorted(key.block for key in keys if key is not None)
 
     def committed_all(self) -> dict[int, list[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import sealed_text
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.storage import Storage
 from pipeline.store import SampleBlock, SampleStore
@@ -75,6 +76,9 @@ def make_store(uri: str, plan: WalkPlan, *, fill: bool = True, momentum: bool = 
     storage = Storage.open(uri)
     storage.create_json("plan.json", plan.to_json())
     storage.create_json("run.json", {"run_id": "made-0123abcd"})
+    storage.create("config.yaml", sealed_text(b"deformation: {kind: none}\n"))
+    for start in range(plan.starts):
+        storage.create_json(f"map/start={start}/map.json", {"files": {}})
     store = SampleStore.open(storage)
     for key in keys(plan) if fill else []:
         assert store.commit(make_block(plan, key, momentum=momentum))

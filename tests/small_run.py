@@ -64,7 +64,11 @@ def write_config(folder: Path) -> str:
 
 
 def contents(storage: Storage) -> dict[str, str]:
-    """sha256 of every block and of the evaluation, by path: what must not depend on what died on the way."""
-    paths = [entry.path for entry in storage.list("walks")]
-    paths += [path for path in ("plan.json", "radius.json", "evaluation.json") if storage.exists(path)]
+    """sha256 of every object that must not depend on what died on the way, by path.
+
+    That is all but the configuration, which names place and cluster, the report, which shows it, checkpoints, and marks
+    that tests leave.
+    """
+    others = ("config.yaml", "report.html", "deformation/train/", "died-")
+    paths = [entry.path for entry in storage.list() if not entry.path.startswith(others)]
     return {path: hashlib.sha256(storage.read(path)).hexdigest() for path in paths}

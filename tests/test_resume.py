@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -112,3 +113,40 @@ def test_two_drivers_at_once_are_harmless(drivers: Drivers, config: str, tmp_pat
     pair = [drivers.start(command(config, tmp_path)) for _ in range(2)]
     assert [driver.wait() for driver in pair] == [0, 0]
     assert contents(only_run(tmp_path)) == undisturbed
+
+
+def objects(place: Path) -> dict[str, bytes]:
+    """Every object of the one run, by its path below the run."""
+    run = only_run(place)
+    return {entry.path: run.read(entry.path) for entry in run.list()}
+
+
+def spoil(data: bytes, rng: random.Random) -> bytes | None:
+    """The bytes with one bit flipped or the end cut off; None for an object that is deleted."""
+    way = rng.randrange(3)
+    if way == 2:
+        return None
+    if way == 1:
+        return data[: rng.randrange(len(data))]
+    place = rng.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+def test_a_finished_run_is_mended_whatever_object_is_damaged(drivers: Drivers, config: str, tmp_path: Path):
+    assert drivers.run(command(config, tmp_path)).status == 0
+    run, whole, rng = only_run(tmp_path), objects(tmp_path), random.Random(4)
+    blocks = [path for path in whole if path.startswith("walks/")]
+    # A document that is missing hides what it says of others: first everything but documents, then all of them.
+    documents = [path for path in whole if path.endswith((".json", ".yaml", ".html"))]
+    for broken in ([*rng.sample(blocks, 9), *sorted(set(whole) - set(blocks) - set(documents))], documents):
+        for path in broken:
+            data = spoil(whole[path], rng)
+            run.delete(path) if data is None else run.replace(path, data)
+        found = drivers.run(["verify", run.uri])
+        assert found.status == 1
+        assert all(path in found.output() for path in broken if path != "report.html"), found.output()
+        assert drivers.run(["verify", run.uri, "--repair"]).status == 0
+        assert drivers.run(command(config, tmp_path)).status == 0
+        assert drivers.run(["verify", run.uri]).status == 0
+        there = objects(tmp_path)
+        assert [path for path in whole.keys() | there.keys() if whole.get(path) != there.get(path)] == []

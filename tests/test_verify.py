@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.documents import sealed_text
 from pipeline.errors import InputError
 from pipeline.plan import BlockKey
 from pipeline.stages.status import status, status_table
@@ -95,19 +96,22 @@ def test_two_hundred_damaged_blocks_are_found_removed_and_equal_after_the_redo(r
     damage_and_repair(root, 200, seed=2)
 
 
-def test_foreign_files_are_named_and_only_what_readers_would_count_is_removed(tmp_path: Path):
+def test_foreign_files_and_copies_are_named_and_removed_from_among_the_blocks(root: str):
     plan = make_plan()
-    store = make_store(str(tmp_path), plan)
-    data = store.storage.read(BlockKey(0, 0).path)
-    copies = ["walks/shard=00000/block=00000 copy.parquet", "walks/shard=00099/block=00000.parquet", "walks/x.parquet"]
+    store = make_store(root, plan)
+    digest, rows = store.digest(), store.dataset().count_rows()
+    copies = [f"walks/{name}.parquet" for name in ("shard=00000/block=00000 copy", "shard=00099/block=00000", "x")]
+    foreign = ["walks/shard=00000/junk.parquet", "walks/notes.txt"]
     for path in copies:
-        store.storage.create(path, data)
-    store.storage.create("walks/notes.txt", b"mine")
-    found = repair(str(tmp_path))
-    assert kinds(found) == {**dict.fromkeys(copies, "foreign"), "walks/notes.txt": "note"}
-    assert sorted(found.removed) == sorted(copies)
-    assert found.sound
-    assert store.storage.exists("walks/notes.txt")
+        store.storage.create(path, store.storage.read(BlockKey(1, 1).path))
+    for path in foreign:
+        store.storage.create(path, b"mine")
+    assert (store.digest(), store.dataset().count_rows()) == (digest, rows)  # our own readers never see them
+    found = repair(root)
+    assert kinds(found) == {**dict.fromkeys(copies, "duplicate"), **dict.fromkeys(foreign, "foreign")}
+    assert f"it holds the rows of {BlockKey(1, 1).path}" in str(found)
+    assert sorted(found.removed) == sorted([*copies, *foreign])
+    assert verify(root).findings == []
 
 
 def test_a_sound_block_under_another_name_is_wrong(tmp_path: Path):
@@ -155,9 +159,9 @@ def test_results_of_other_blocks_are_stale_and_removed_together(tmp_path: Path):
     store = make_store(str(tmp_path), plan)
     for path in ("radius.json", "evaluation.json"):
         store.storage.create_json(path, {"blocks": store.digest()})
-    store.storage.create_json("deformation/deformation.json", {"blocks": "of another store"})
+    store.storage.create_json("deformation/deformation.json", {"trained_on": "another store"})
     store.storage.create("deformation/weights.safetensors", b"")
-    store.storage.create("report.html", b"")
+    store.storage.create("report.html", sealed_text(b"\n"))
     found = repair(str(tmp_path))
     assert kinds(found) == {"deformation/deformation.json": "stale"}
     assert set(found.removed) == {"deformation/deformation.json", "deformation/weights.safetensors", "report.html"}
@@ -170,10 +174,10 @@ def test_a_damaged_map_estimate_is_found(tmp_path: Path):
     store = make_store(str(tmp_path), make_plan())
     store.storage.create("map/start=0/theta.safetensors", b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    store.storage.create_json("map/start=0/map.json", {"files": {"theta.safetensors": digest}})
+    store.storage.replace_json("map/start=0/map.json", {"files": {"theta.safetensors": digest}})
     assert verify(str(tmp_path)).sound
     store.storage.replace("map/start=0/theta.safetensors", b"weighty")
-    assert set(kinds(verify(str(tmp_path))).values()) == {"damaged"}
+    assert kinds(verify(str(tmp_path))) == {"map/start=0/theta.safetensors": "damaged"}
 
 
 def test_what_killed_writers_left_is_never_counted_and_is_swept(tmp_path: Path):

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.build import load_problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FOLDER, FitJob, Rows, Team
+from pipeline.fitting.job import FitJob, Rows, Team, facts_path
 from pipeline.fitting.reading import Kept, by_walk, keys_of, stored_rows, to_rows
 from pipeline.fitting.residual import fit_residual
 from pipeline.run import Run
 from pipeline.store import SampleStore
-
-
-def facts_path(start: int) -> str:
-    """Path of what a fit found out, below the run."""
-    return f"{FOLDER}/start={start}/fit.json"
 
 
 def fit(run: Run, job: FitJob, team: Team) -> None:

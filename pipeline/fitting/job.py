@@ -43,6 +43,11 @@ def weights_path(start: int) -> str:
     return f"{FOLDER}/weights.safetensors" if start == 0 else f"{FOLDER}/start={start}/weights.safetensors"
 
 
+def facts_path(start: int) -> str:
+    """Path of what a fit found out, below the run."""
+    return f"{FOLDER}/start={start}/fit.json"
+
+
 @dataclass(frozen=True)
 class Rows:
     """Recorded points, b of them."""

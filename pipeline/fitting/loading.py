@@ -13,7 +13,7 @@ from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
-from pipeline.fitting.job import weights_path
+from pipeline.fitting.job import facts_path, weights_path
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
@@ -25,11 +25,12 @@ def load_deformation(run: Run, start: int) -> Deformation:
         InputError: The run has no deformation yet, or it was configured without one.
     """
     path = weights_path(start)
-    if run.config.deformation.kind == "none" or not run.storage.exists(path):
+    present = run.storage.exists(path) and run.storage.exists(facts_path(start))
+    if run.config.deformation.kind == "none" or not present:
         raise InputError(
             f"{run.uri} has no deformation model ({path} is missing). Run 'fiberwalk run' with a deformation.kind."
         )
-    tensors = load(run.storage.read(path))
+    tensors = load(run.storage.read_checked(path, run.storage.read_json(facts_path(start))["weights_sha256"]))
     if "gaussian" in tensors:
         store = SampleStore.open(run.storage)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.bayes.deformation.base import Deformation
 from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
-from pipeline.fitting.fit import facts_path, train_in_process
-from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, memory_estimate
+from pipeline.fitting.fit import train_in_process
+from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, facts_path, memory_estimate
 from pipeline.fitting.loading import load_deformation
 from pipeline.plan import stream
 from pipeline.progress import Progress
@@ -38,20 +38,21 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
         return
     store = SampleStore.open(run.storage)
     digest = store.digest()
-    if run.storage.exists(SUMMARY):
-        if run.storage.read_json(SUMMARY)["trained_on"] == digest:
-            return
-        report.note("The blocks have changed since the deformation was fitted: fitting it again.")
-    check_memory(run, store.plan.dim)
     radius = float(run.storage.read_json("radius.json")["radius"])
+    jobs = [FitJob(start, radius, digest) for start in range(store.plan.starts)]
+    if run.storage.exists(SUMMARY):
+        if run.storage.read_json(SUMMARY)["trained_on"] != digest:
+            report.note("The blocks have changed since the deformation was fitted: fitting it again.")
+        elif all(fitted(run, job) for job in jobs):
+            return
+    check_memory(run, store.plan.dim)
     found = []
     with report.bar("Deformation", store.plan.starts) as bar:
-        for start in range(store.plan.starts):
-            job = FitJob(start, radius, digest)
+        for job in jobs:
             if not fitted(run, job):
                 trainer(run, job)
             _remove_scratch(run, job)
-            found.append(judge(run, store, start, run.storage.read_json(facts_path(start))))
+            found.append(judge(run, store, job.start, run.storage.read_json(facts_path(job.start))))
             bar.advance(1, _line(found[-1]))
     summary = summarise(run, radius, digest, found)
     run.storage.replace_json(SUMMARY, summary)

@@ -16,7 +16,7 @@ from pipeline.bayes.curvature import Curvature, measure, occam
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import DIFFERENCED, Potential, prior_precision
-from pipeline.build import DTYPES, WIDE, build_network, build_potential, curvature_bytes, start_folder
+from pipeline.build import DTYPES, MAP_FILES, WIDE, build_network, build_potential, curvature_bytes, start_folder
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
 from pipeline.executor import Executor
@@ -55,7 +55,7 @@ def estimate(run: Run, executor: Executor, progress: Progress) -> None:
     Raises:
         RunError: A start did not reach a minimum.
     """
-    missing = [k for k in range(run.config.map.starts) if not run.storage.exists(f"{start_folder(k)}/map.json")]
+    missing = [k for k in range(run.config.map.starts) if not _estimated(run, k)]
     if not missing:
         return
     with progress.bar("MAP estimate", run.config.map.starts, run.config.map.starts - len(missing)) as bar:
@@ -65,6 +65,11 @@ def estimate(run: Run, executor: Executor, progress: Progress) -> None:
         first = run.storage.read_json(f"{start_folder(0)}/map.json")
         rest = [Settings(k, first["noise_std"], first["prior_precision"], first["prior_how"]) for k in missing]
         _run_starts(run, executor, progress, bar, rest)
+
+
+def _estimated(run: Run, start: int) -> bool:
+    """Whether every object of a start is there."""
+    return all(run.storage.exists(f"{start_folder(start)}/{name}") for name in MAP_FILES)
 
 
 def _run_starts(run: Run, executor: Executor, progress: Progress, bar: Any, items: list[Settings]) -> None:
@@ -97,13 +102,18 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     _refuse_slope(run, settings.start, minimum, curvature)
     info = _describe(run, settings.start, network, minimum, curvature, noise, precision, how)
     folder = start_folder(settings.start)
-    files = {
-        "theta.safetensors": save(_untied(network.state_dict(minimum.theta))),
-        "curvature.safetensors": curvature_bytes(curvature, DTYPES[run.config.walk.dtype]),
-    }
+    theta = save(_untied(network.state_dict(minimum.theta)))
+    vectors = curvature_bytes(curvature, DTYPES[run.config.walk.dtype])
+    files = dict(zip(MAP_FILES, (theta, vectors), strict=False))
+    settled = run.storage.exists(f"{folder}/map.json")
     for name, data in files.items():
-        run.storage.create(f"{folder}/{name}", data)
-    info["files"] = {name: hashlib.sha256(run.storage.read(f"{folder}/{name}")).hexdigest() for name in files}
+        if (
+            not run.storage.create(f"{folder}/{name}", data)
+            and not settled
+            and run.storage.read(f"{folder}/{name}") != data
+        ):
+            run.storage.replace(f"{folder}/{name}", data)  # left by a writer that died before it vouched for it
+    info["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     run.storage.create_json(f"{folder}/map.json", info)
     yield info
 

@@ -6,6 +6,7 @@ function of the stored objects alone: no times, no machine.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,16 +87,19 @@ def evaluate(run: Run, report: Progress) -> None:
     if run.storage.exists(DEFORMATION):
         result["deformation"] = run.storage.read_json(DEFORMATION)
     averages = {name: method.averages for name, method in shown.items()}
-    run.storage.replace(figures.FIGURES, figures.collect(comparison, store, paths, choice["radius"], averages))
+    drawn = figures.collect(comparison, store, paths, choice["radius"], averages)
+    run.storage.replace(figures.FIGURES, drawn)
+    result["files"] = {figures.FIGURES: hashlib.sha256(drawn).hexdigest()}
     run.storage.replace_json(EVALUATION, result)
 
 
 def _present(run: Run, digest: str) -> bool:
-    """Whether there is an evaluation of these blocks, and of the deformation if one has been fitted since."""
-    if not run.storage.exists(EVALUATION):
+    """Whether there is an evaluation of these blocks and of the present deformation, with what the report draws."""
+    if not run.storage.exists(EVALUATION) or not run.storage.exists(figures.FIGURES):
         return False
     found = run.storage.read_json(EVALUATION)
-    return found["blocks"] == digest and ("deformation" in found) == run.storage.exists(DEFORMATION)
+    deformation = run.storage.read_json(DEFORMATION) if run.storage.exists(DEFORMATION) else None
+    return (found["blocks"], found.get("deformation")) == (digest, deformation)
 
 
 def _builders(

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.documents import sealed_text
 from pipeline.errors import InputError
 from pipeline.run import Run, stored_config
 from pipeline.stages import plots, plots_data
@@ -36,7 +37,7 @@ def _write(config: Config, storage: Storage) -> str:
         raise InputError(
             f"{storage.uri} has no evaluation.json yet. Finish it with 'fiberwalk run', then build the report."
         )
-    page = render(collect(config, storage))
+    page = sealed_text(render(collect(config, storage)) + b"\n", "<!-- {} -->")
     if not storage.exists(REPORT) or storage.read(REPORT) != page:
         storage.replace(REPORT, page)
     return f"{storage.uri}/{REPORT}"

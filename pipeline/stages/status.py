@@ -35,7 +35,7 @@ def status(run_uri: str) -> dict[str, Any]:
     storage = Storage.open(run_uri)
     refuse_no_run(storage)
     stages = {name: storage.exists(path) for name, path in STAGES.items()}
-    found: dict[str, Any] = {"run_uri": storage.uri, "run_id": storage.read_json("run.json")["run_id"]}
+    found: dict[str, Any] = {"run_uri": storage.uri, "run_id": storage.read_json("run.json", strict=False)["run_id"]}
     sampled = False
     if stages["plan"]:
         progress = _progress(SampleStore.open(storage))
@@ -52,11 +52,7 @@ def status(run_uri: str) -> dict[str, Any]:
 
 def _progress(store: SampleStore) -> dict[str, Any]:
     plan, shards = store.plan, store.plan.shards()
-    entries = {
-        key: entry
-        for key, entry in store.entries().items()
-        if key.shard < len(shards) and key.block < plan.blocks_per_shard
-    }
+    entries = store.entries()
     per_shard: dict[int, int] = {}
     for key in entries:
         per_shard[key.shard] = per_shard.get(key.shard, 0) + 1

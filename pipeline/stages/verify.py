@@ -1,30 +1,22 @@
-"""Is everything there, and as it was written? Reads every block; repairs by removing what the next run then redoes."""
+"""Is everything there, and as it was written? Reads every object; repairs by removing what the next run then redoes."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.blocks import SMALL, STATUSES, arrow_schema, read_stamp
 from pipeline.errors import InputError
 from pipeline.plan import BlockKey, WalkPlan
-from pipeline.seal import BrokenBlock, check_seal
-from pipeline.storage import Entry, Storage
-from pipeline.store import SampleStore, differences, parse_path
-
-_WHOLE = 256 * 2**20
-"""Objects up to this size are read in one piece; larger ones twice, in pieces."""
-DERIVED = ("radius.json", "evaluation.json", "deformation/deformation.json")
-"""Objects that name the blocks they were made from."""
+from pipeline.stages.check_block import first_wrong
+from pipeline.stages.check_results import Results
+from pipeline.storage import Storage
+from pipeline.store import SampleStore, parse_path
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Finding:
     """One thing that is wrong, or worth knowing."""
 
     kind: str
-    """truncated, corrupted, gap, foreign, duplicate, wrong, values, stale, damaged or note."""
+    """truncated, corrupted, wrong or values (of a block), foreign, duplicate, damaged, stale, gap or note."""
     path: str
     detail: str
 
@@ -63,6 +55,8 @@ class Findings:
     bytes: int = 0
     findings: list[Finding] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    repaired: bool = False
+    """Whether what is broken was removed; what is missing then only waits for the next run."""
 
     @property
     def complete(self) -> bool:
@@ -73,7 +67,7 @@ class Findings:
     def sound(self) -> bool:
         """Whether nothing is wrong: all that is wrong was removed, or there was nothing."""
         gone = set(self.removed)
-        return all(f.harmless or f.path in gone for f in self.findings)
+        return all(f.harmless or f.path in gone or (self.repaired and f.kind == "gap") for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -82,13 +76,14 @@ class Findings:
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings]
         lines += [f"removed: {path}" for path in self.removed]
-        lines.append(
-            f"{self.blocks} of {self.blocks_planned} blocks and {self.rows} of {self.rows_planned} rows are there "
-            f"and sound, {self.bytes / 1e6:,.1f} MB read."
-        )
+        if self.blocks_planned:
+            there = f"{self.blocks} of {self.blocks_planned} blocks and {self.rows} of {self.rows_planned} rows are"
+        else:
+            there = f"Without a plan only checksums can be looked at: {self.blocks} blocks are"
+        lines.append(f"{there} there and sound, {self.bytes / 1e6:,.1f} MB read.")
         wrong = sum(not finding.harmless for finding in self.findings)
-        if self.removed:
-            lines.append("What was removed is redone by the next 'fiberwalk run'.")
+        if self.repaired and wrong:
+            lines.append("What was removed or is missing is redone by the next 'fiberwalk run'.")
         elif wrong:
             lines.append(
                 f"{wrong} things are wrong. 'fiberwalk verify {self.run_uri} --repair' removes what is broken."
@@ -97,7 +92,7 @@ class Findings:
 
 
 def verify(run_uri: str) -> Findings:
-    """Read and check every object of the sample store, and whether what was made from it is of its present state.
+    """Read and check every object of a run, and whether what was made from the blocks is of their present state.
 
     Blocks that are merely not computed yet are counted, not wrong; a block missing before one that exists, or from a
     run whose sampling was finished, is a gap.
@@ -105,32 +100,22 @@ def verify(run_uri: str) -> Findings:
     Raises:
         InputError: There is no run at that address, or it was not planned yet.
     """
-    store = SampleStore.open(run_uri)
-    plan = store.plan
-    result = Findings(
-        store.storage.uri, rows_planned=plan.rows, blocks_planned=len(plan.shards()) * plan.blocks_per_shard
-    )
-    entries: dict[BlockKey, Entry] = {}
-    for entry in store.storage.list("walks"):
-        key = parse_path(entry.path)
-        if key is not None and key.shard < len(plan.shards()) and key.block < plan.blocks_per_shard:
-            entries[key] = entry
-        else:
-            result.findings.append(_stranger(entry))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for (key, entry), found in zip(
-            entries.items(), pool.map(lambda k: _check_entry(store, k), entries), strict=True
-        ):
-            result.bytes += entry.size
-            if found is None:
-                result.blocks += 1
-                result.rows += _rows_of(plan, key)
-            else:
-                result.findings.append(found)
-    result.findings += _gaps(store, set(entries))
-    result.findings += _damaged(store.storage, plan)
-    if not any(finding.removable for finding in result.findings):
-        result.findings += _stale(store)
+    storage = Storage.open(run_uri)
+    results = Results(storage)
+    blocks = sorted(path for path in results.paths if path.startswith("walks/"))
+    store = _store(storage, results)
+    if store is None and not blocks and not results.wrong:
+        SampleStore.open(storage)  # says what is missing
+    result = Findings(storage.uri, findings=[Finding(*found) for found in results.wrong])
+    if store is not None:
+        result.rows_planned = store.plan.rows
+        result.blocks_planned = len(store.plan.shards()) * store.plan.blocks_per_shard
+    _check_blocks(result, storage, store, {path: results.paths[path] for path in blocks})
+    if store is not None:
+        present = {key for path in blocks if (key := store.planned(path))}
+        result.findings += _gaps(store, present, results.sampled)
+        if result.complete and not any(finding.removable for finding in result.findings):
+            result.findings += [Finding(*found) for found in results.stale(store.digest())]
     result.findings.sort(key=lambda finding: (finding.path, finding.kind))
     return result
 
@@ -149,6 +134,7 @@ def repair(run_uri: str) -> Findings:
                 storage.delete(path)
                 result.removed.append(path)
     result.removed += storage.sweep()
+    result.repaired = True
     return result
 
 
@@ -156,140 +142,73 @@ def _below(storage: Storage, folder: str) -> list[str]:
     return [entry.path for entry in storage.list(folder)]
 
 
+def _store(storage: Storage, results: Results) -> SampleStore | None:
+    """The sample store as its plan describes it; None if the plan is missing or damaged."""
+    if results.plan is None:
+        return None
+    try:
+        plan = WalkPlan.from_json(results.plan)
+    except TypeError as error:
+        raise InputError(
+            f"The plan at {storage.uri} was written by another version ({error}). Use the release that wrote it."
+        ) from None
+    run_id = storage.uri.rsplit("/", 1)[-1] if results.run is None else str(results.run["run_id"])
+    return SampleStore(storage, plan, run_id)
+
+
+def _check_blocks(result: Findings, storage: Storage, store: SampleStore | None, paths: dict[str, int]) -> None:
+    """Add what is wrong with the objects below ``walks/``, and count sound blocks."""
+    keys = {path: store.planned(path) if store else parse_path(path) for path in paths}
+    planned = [path for path, key in keys.items() if key is not None]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda path: first_wrong(store, storage, path, keys[path]), planned)
+        for path, wrong in zip(planned, found, strict=True):
+            result.bytes += paths[path]
+            if wrong is not None:
+                result.findings.append(Finding(wrong[0], path, wrong[1]))
+                continue
+            result.blocks += 1
+            key = keys[path]
+            result.rows += _rows_of(store.plan, key) if store and key else 0
+    result.findings += [_stranger(storage, path, store) for path in paths if keys[path] is None]
+
+
 def _rows_of(plan: WalkPlan, key: BlockKey) -> int:
     return plan.shards()[key.shard].walks * len(plan.records_in_block(key.block))
 
 
-def _stranger(entry: Entry) -> Finding:
-    if not entry.path.endswith(".parquet"):
-        return Finding("note", entry.path, "not a block; no reader of the store looks at it")
-    return Finding("foreign", entry.path, "no planned block has this name; other readers would count its rows twice")
+def _stranger(storage: Storage, path: str, store: SampleStore | None) -> Finding:
+    """Say what an object is that lies among the blocks and is none of them."""
+    if not path.endswith(".parquet"):
+        return Finding("foreign", path, "not a block; other readers of the data set would stop at it")
+    key = _copied(storage, path, store.plan) if store else None
+    if key is not None:
+        return Finding("duplicate", path, f"it holds the rows of {key.path}; other readers would count them twice")
+    return Finding("foreign", path, "no planned block has this name; other readers would count its rows as well")
 
 
-def _gaps(store: SampleStore, found: set[BlockKey]) -> Iterator[Finding]:
+def _copied(storage: Storage, path: str, plan: WalkPlan) -> BlockKey | None:
+    """The block whose rows an object holds, judged by its first row; None if it cannot be told."""
+    try:
+        with storage.open_input(path) as file:
+            first = pq.ParquetFile(file).read(columns=["walk", "step"]).slice(0, 1).to_pylist()[0]
+    except (pa.ArrowException, OSError, IndexError):
+        return None
+    record = first["step"] // plan.record_every - 1
+    shards = [shard.index for shard in plan.shards() if shard.first_walk == first["walk"]]
+    return BlockKey(shards[0], record // plan.records_per_block) if shards and record >= 0 else None
+
+
+def _gaps(store: SampleStore, found: set[BlockKey], sampled: bool) -> Iterator[Finding]:
     """Yield blocks that are missing although later work exists."""
-    finished = store.storage.exists("radius.json")
     last: dict[int, int] = {}
     for key in found:
         last[key.shard] = max(last.get(key.shard, -1), key.block)
     for shard in store.plan.shards():
         for block in range(store.plan.blocks_per_shard):
             key = BlockKey(shard.index, block)
-            if key not in found and (finished or block < last.get(shard.index, -1)):
+            if key not in found and (sampled or block < last.get(shard.index, -1)):
                 yield Finding("gap", key.path, "this block is missing; the next run computes it")
-
-
-def _check_entry(store: SampleStore, key: BlockKey) -> Finding | None:
-    """Read one block completely; None if it is sound."""
-    try:
-        for kind, detail in check_block(store, key):
-            return Finding(kind, key.path, detail)
-    except BrokenBlock as error:
-        kind, _, detail = str(error).partition(":")
-        known = kind in ("truncated", "corrupted")
-        return Finding(kind if known else "corrupted", key.path, detail.strip() if known else str(error))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return Finding("corrupted", key.path, " ".join(str(error).split())[:200])
-    return None
-
-
-def check_block(store: SampleStore, key: BlockKey) -> Iterator[tuple[str, str]]:
-    """Yield (kind, detail) of everything that is wrong with a block. Raises BrokenBlock if its bytes have changed."""
-    file: Any = store.storage.open_input(key.path)
-    with file:
-        if file.seek(0, io.SEEK_END) <= _WHOLE:
-            file.seek(0)
-            file = io.BytesIO(file.read())
-        check_seal(file)
-        file.seek(0)
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        stamp = read_stamp(parquet.metadata)
-        wrong = differences(stamp, store.plan, store.run_id)
-        if wrong:
-            yield "wrong", "; ".join(wrong)
-            return
-        momentum = "momentum" in parquet.schema_arrow.names
-        if not parquet.schema_arrow.remove_metadata().equals(arrow_schema(store.plan, momentum)):
-            yield "wrong", "its columns are not those of a block"
-            return
-        yield from _check_rows(store.plan, key, parquet.read(columns=SMALL))
-        yield from _check_theta(parquet, stamp.digest)
-
-
-def _check_rows(plan: WalkPlan, key: BlockKey, table: pa.Table) -> Iterator[tuple[str, str]]:
-    """Compare the small columns with what the plan says of them."""
-    shard = plan.shards()[key.shard]
-    records = np.asarray(plan.records_in_block(key.block))
-    rows = shard.walks * len(records)
-    if table.num_rows != rows:
-        yield "wrong", f"{table.num_rows} rows, planned are {rows}"
-        return
-    column = {name: table.column(name).to_numpy() for name in SMALL}
-    expected = {
-        "walk": np.tile(np.arange(shard.first_walk, shard.first_walk + shard.walks), len(records)),
-        "start": np.full(rows, shard.start),
-        "step": np.repeat((records + 1) * plan.record_every, shard.walks),
-    }
-    for name, values in expected.items():
-        if not np.array_equal(column[name], values):
-            row = int(np.flatnonzero(column[name] != values)[0])
-            yield "wrong", f"{name} {column[name][row]} in row {row}, planned is {values[row]}"
-    if not set(column["status"]) <= set(STATUSES):
-        yield (
-            "wrong",
-            f"status {sorted(set(column['status']) - set(STATUSES))[0]!r} is not one of {', '.join(STATUSES)}",
-        )
-    alive = column["status"] != "diverged"
-    for name in ("radius", "potential", "nll", "grad_norm", "distance", "step_size"):
-        bad = np.flatnonzero(alive & ~np.isfinite(column[name]))
-        if len(bad):
-            yield "values", f"{name} is not finite in row {bad[0]}, whose walk has not diverged"
-
-
-def _check_theta(parquet: pq.ParquetFile, digest: str) -> Iterator[tuple[str, str]]:
-    """Hash all positions and look for values that are not finite, one row group at a time."""
-    total, first = hashlib.sha256(), 0
-    for group in range(parquet.metadata.num_row_groups):
-        table = parquet.read_row_group(group, columns=["theta", "status"])
-        chunk: Any = table.column("theta").combine_chunks()
-        theta = np.ascontiguousarray(
-            (chunk.chunk(0) if isinstance(chunk, pa.ChunkedArray) else chunk).to_numpy_ndarray()
-        )
-        total.update(theta.data)
-        alive = table.column("status").to_numpy() != "diverged"
-        bad = np.flatnonzero(alive & ~np.isfinite(theta).all(axis=1))
-        if len(bad):
-            yield "values", f"theta is not finite in row {first + bad[0]}, whose walk has not diverged"
-            return
-        first += len(theta)
-    if total.hexdigest() != digest:
-        yield "corrupted", "the digest of theta differs from the one in the footer"
-
-
-def _damaged(storage: Storage, plan: WalkPlan) -> Iterator[Finding]:
-    """Yield files whose digest stands beside them, under `files` in a JSON object, and is not theirs."""
-    for path in [*(f"map/start={k}/map.json" for k in range(plan.starts)), "deformation/deformation.json"]:
-        if not storage.exists(path):
-            continue
-        folder = path.rsplit("/", 1)[0]
-        for name, digest in storage.read_json(path).get("files", {}).items():
-            place = f"{folder}/{name}"
-            if not storage.exists(place):
-                yield Finding("damaged", path, f"{place} is missing")
-            elif hashlib.sha256(storage.read(place)).hexdigest() != digest:
-                yield Finding("damaged", place, f"its sha256 is not the one in {path}")
-                yield Finding("damaged", path, f"describes {place}, which is damaged")
-
-
-def _stale(store: SampleStore) -> Iterator[Finding]:
-    """Yield results that were made from other blocks than those that are there."""
-    recorded = {path: store.storage.read_json(path).get("blocks") for path in DERIVED if store.storage.exists(path)}
-    if not any(recorded.values()):
-        return
-    present = store.digest()
-    for path, digest in recorded.items():
-        if digest not in (None, present):
-            yield Finding("stale", path, "made from other blocks than those that are there now")
 
 
 def refuse_no_run(storage: Storage) -> None:

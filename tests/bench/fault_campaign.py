@@ -1,9 +1,14 @@
 """Rounds of a small run with random faults, each compared with the undisturbed run.
 
-    python -m tests.bench.fault_campaign --rounds 100 --seed 1 --json campaign.json
+    python -m tests.bench.fault_campaign --rounds 100 --seed 1 --json campaign.json --log campaign.jsonl
 
 A round is replayed by ``--only ROUND`` with the same seed. It passes if every block, the plan, the choice of the radius
-and the evaluation have the bytes of the undisturbed run, and `verify` finds nothing wrong.
+and the evaluation have the bytes of the undisturbed run, and `verify` finds nothing wrong. Rounds that are in the log
+already are not played again, so that a long campaign can be run in pieces.
+
+Three kinds of rounds: *serial*, one process; *ray*, walkers on a cluster of two nodes, held against the serial run; and
+*train*, the same with the deformation through Ray Train on two workers, held against an undisturbed run on the cluster,
+since the number of workers is part of what is fitted.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from tests.s3server import S3Server
 from tests.small_run import SETTINGS, contents
 
 ATTEMPTS = 12
-ATTEMPT_SECONDS = 240.0
+ATTEMPT_SECONDS = 400.0
 
 
 @dataclass
@@ -48,12 +53,17 @@ class Round:
     problems: list[str] = field(default_factory=list)
     rows: int = 0
     seconds: float = 0.0
+    requests: dict[str, int] = field(default_factory=dict)
+    """Spoiled requests by kind."""
+
+
+MODES = (*["serial"] * 7, *["ray"] * 2, "train")
 
 
 class Campaign:
     """The servers and the undisturbed runs that all rounds share."""
 
-    def __init__(self, folder: Path, seed: int, modes: tuple[str, ...] = ("serial", "serial", "serial", "ray")):
+    def __init__(self, folder: Path, seed: int, modes: tuple[str, ...] = MODES):
         self.folder, self.seed, self.modes = folder, seed, modes
         self.places: tuple[str, ...] = ("disk", "s3")
         self.faults: tuple[int, int] = (4, 7)
@@ -61,25 +71,41 @@ class Campaign:
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
     def config(self, mode: str, variant: int) -> str:
-        """The small run; on Ray with a deformation that needs no Ray Train, whose faults are not those of the store."""
-        kind = {"kind": "gaussian", "workers": 1} if mode == "ray" else SETTINGS["deformation"]
+        """The small run; its deformation is fitted by one process, by none (gaussian), or by two workers."""
+        kind = {
+            "serial": SETTINGS["deformation"],
+            "ray": {"kind": "gaussian", "workers": 1},
+            "train": SETTINGS["deformation"] | {"workers": 2, "steps": 60},
+        }[mode]
         walk = SETTINGS["walk"] | {"walks": 48, "steps": 80}
         path = self.folder / f"{mode}-{variant}.yaml"
         path.write_text(yaml.safe_dump(SETTINGS | {"seed": variant, "deformation": kind, "walk": walk}))
         return str(path)
 
     def reference(self, drivers: Drivers, mode: str, variant: int) -> tuple[dict[str, str], float]:
-        """What the undisturbed serial run wrote, and its seconds."""
+        """What the undisturbed run wrote, and its seconds."""
         key = f"{mode}-{variant}"
-        if key not in self.references:
+        kept = self.folder / f"reference-{key}.json"
+        if key not in self.references and not kept.exists():
             place = self.folder / f"reference-{key}"
             began = time.monotonic()
-            driver = drivers.run(["run", self.config(mode, variant), "--storage", str(place), "--serial", "--quiet"])
+            command = ["run", self.config(mode, variant), "--storage", str(place), "--quiet"]
+            driver = drivers.run([*command, *(self.where("serial" if mode == "ray" else mode))], 500)
             if driver.status:
                 raise RuntimeError(driver.output())
             (run,) = place.iterdir()
-            self.references[key] = contents(Storage.open(str(run))), time.monotonic() - began
+            connecting = 10 if mode == "ray" else 0  # which the serial run has no part of
+            kept.write_text(json.dumps([contents(Storage.open(str(run))), time.monotonic() - began + connecting]))
+        if key not in self.references:
+            expected, seconds = json.loads(kept.read_text())
+            self.references[key] = expected, seconds
         return self.references[key]
+
+    def where(self, mode: str) -> list[str]:
+        """Arguments that say where a run is done."""
+        if mode == "serial":
+            return ["--serial"]
+        return ["--address", self.ray_cluster().address, "--set", "cluster.actors=2"]
 
     def ray_cluster(self) -> Any:
         """A head without CPUs and two nodes, started when first needed."""
@@ -108,9 +134,9 @@ def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, pr
     folder = campaign.folder / f"round-{number}"
     disk = Disk(folder) if place == "disk" else None
     uri = str(folder) if place == "disk" else f"s3://{server.bucket}/{campaign.seed}-{number}"
-    cluster = campaign.ray_cluster() if mode == "ray" else None
-    where = ["--serial"] if mode == "serial" else ["--address", cluster.address, "--set", "cluster.actors=2"]
-    command = ["run", campaign.config(mode, variant), "--storage", uri, "--quiet", *where]
+    cluster = None if mode == "serial" else campaign.ray_cluster()
+    command = ["run", campaign.config(mode, variant), "--storage", uri, "--quiet", *campaign.where(mode)]
+    spoiled = proxy.counts.copy()
     faults = [
         Fault(rng.choice(kinds_for(place, mode)), rng.uniform(0.0, 0.7) * horizon, rng.random())
         for _ in range(rng.randint(*campaign.faults))
@@ -130,6 +156,7 @@ def play(campaign: Campaign, number: int, drivers: Drivers, server: S3Server, pr
         if status == 0 or status is None:
             break
     compare(result, uri, expected)
+    result.requests = dict(proxy.counts - spoiled)
     result.seconds = round(time.monotonic() - began, 1)
     if disk is not None:
         disk.close()
@@ -213,11 +240,11 @@ class Disk:
             subprocess.run(["umount", "-l", str(self.folder)], capture_output=True, check=False)
 
 
-def summary(rounds: list[Round], proxy: Proxy) -> dict[str, Any]:
+def summary(rounds: list[Round]) -> dict[str, Any]:
     """Count rounds, faults and problems."""
     faults = collections.Counter(kind for item in rounds for kind in item.injected if kind != "request")
-    faults.update({f"request: {kind}": count for kind, count in proxy.counts.items()})
-    bad = [item.number for item in rounds if item.problems]
+    for item in rounds:
+        faults.update({f"request: {kind}": count for kind, count in item.requests.items()})
     return {
         "rounds": dict(collections.Counter(f"{item.place}, {item.mode}" for item in rounds)),
         "faults": dict(faults.most_common()),
@@ -225,40 +252,62 @@ def summary(rounds: list[Round], proxy: Proxy) -> dict[str, Any]:
         "attempts": sum(len(item.statuses) for item in rounds),
         "rows_compared": sum(item.rows for item in rounds),
         "seconds": round(sum(item.seconds for item in rounds)),
-        "rounds_with_problems": bad,
+        "rounds_with_problems": [item.number for item in rounds if item.problems],
     }
+
+
+def read_log(path: Path | None) -> list[Round]:
+    """Rounds that were played before."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return sorted((Round(**json.loads(line)) for line in lines), key=lambda item: item.number)
+
+
+def play_all(given: argparse.Namespace, folder: Path) -> None:
+    """Play the rounds that are asked for and not in the log, and add them to it."""
+    began, done = time.monotonic(), {item.number for item in read_log(given.log)}
+    asked = [given.only] if given.only is not None else range(getattr(given, "from"), given.rounds)
+    with S3Server(folder / f"s3-{os.getpid()}") as server, Proxy(server.port) as proxy:
+        os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint})
+        campaign = Campaign(folder, given.seed, tuple(given.modes.split(",")) if given.modes else MODES)
+        try:
+            with Drivers(folder) as drivers:
+                for number in asked:
+                    if number in done or number % given.of != given.part:
+                        continue
+                    if time.monotonic() - began > 60 * given.minutes:
+                        break
+                    line = json.dumps(asdict(play(campaign, number, drivers, server, proxy)))
+                    print(line, flush=True)
+                    with given.log.open("a") as log:
+                        log.write(line + "\n")
+        finally:
+            campaign.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--from", type=int, default=0, help="first round")
+    parser.add_argument("--part", type=int, default=0, help="with --of N: every Nth round, beginning with this one")
+    parser.add_argument("--of", type=int, default=1)
+    parser.add_argument("--modes", default="", help="serial, ray or train, separated by commas; drawn for each round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="replay this round alone")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no round after so many minutes")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", type=Path, help="lines of JSON, one a round; what is there is not played again")
+    parser.add_argument("--folder", type=Path, help="where servers and runs live; keeps the undisturbed runs")
+    parser.add_argument("--json", type=Path, help="the summary of all rounds of the log")
     given = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="fwcampaign-"))
-    rounds: list[Round] = []
-    began = time.monotonic()
     os.environ["FIBERWALK_STORAGE_PATIENCE"] = "60"
-    with S3Server(folder / "s3") as server, Proxy(server.port) as proxy:
-        os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint})
-        campaign = Campaign(folder, given.seed)
-        try:
-            with Drivers(folder) as drivers:
-                for number in [given.only] if given.only is not None else range(given.rounds):
-                    if time.monotonic() - began > 60 * given.minutes:
-                        break
-                    result = play(campaign, number, drivers, server, proxy)
-                    rounds.append(result)
-                    print(json.dumps(asdict(result)), flush=True)
-                    if given.json:
-                        given.json.write_text(json.dumps(summary(rounds, proxy) | {"seed": given.seed}, indent=1))
-        finally:
-            campaign.close()
-    found = summary(rounds, proxy)
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="fwcampaign-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    given.log = given.log or folder / "rounds.jsonl"
+    play_all(given, folder)
+    found = summary(read_log(given.log)) | {"seed": given.seed}
     print(json.dumps(found, indent=1))
-    if not found["rounds_with_problems"]:
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1))
+    if not found["rounds_with_problems"] and given.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if found["rounds_with_problems"] else 0
 

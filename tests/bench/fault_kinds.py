@@ -17,6 +17,8 @@ from tests.drivers import Driver
 from tests.proxy import Proxy
 from tests.s3server import S3Server
 
+_VICTIMS = ("ray::Walker", "ray::RayTrainWorker", "ray::TrainController")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -63,7 +65,7 @@ def kinds_for(place: str, mode: str) -> list[str]:
     """Faults that can happen in such a round."""
     kinds = ["driver killed", "driver stopped"]
     kinds += ["disk full"] if place == "disk" else ["S3 server killed", "S3 server stopped", "requests", "requests"]
-    return kinds + (["actor killed", "actor killed", "actor stopped", "node killed"] if mode == "ray" else [])
+    return kinds + (["actor killed", "actor killed", "actor stopped", "node killed"] if mode != "serial" else [])
 
 
 def apply(fault: Fault, stage: Stage) -> bool:
@@ -107,14 +109,14 @@ def _requests(fault: Fault, stage: Stage) -> bool:
 
 
 def _actors(stage: Stage) -> list[int]:
-    """Processes of walkers below the Ray nodes that we started."""
+    """Processes of walkers and of Ray Train workers below the Ray nodes that we started."""
     found = []
     for node in stage.cluster.list_all_nodes():
         with contextlib.suppress(psutil.NoSuchProcess, KeyError):
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
             for child in raylet.children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Walker"):
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith(_VICTIMS):
                         found.append(child.pid)
     return found
 
