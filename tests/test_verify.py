@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 
@@ -155,22 +156,22 @@ def test_positions_that_are_not_finite_belong_to_diverged_walks(tmp_path: Path, 
 
 
 def test_results_of_other_blocks_are_stale_and_removed_together(tmp_path: Path):
-    plan = make_plan()
-    store = make_store(str(tmp_path), plan)
+    store = make_store(str(tmp_path), make_plan(starts=1))
     for path in ("radius.json", "evaluation.json"):
         store.storage.create_json(path, {"blocks": store.digest()})
     store.storage.create_json("deformation/deformation.json", {"trained_on": "another store"})
     store.storage.create("deformation/weights.safetensors", b"")
+    facts = {"weights_sha256": hashlib.sha256(b"").hexdigest()}
+    store.storage.create_json("deformation/start=0/fit.json", facts)
     store.storage.create("report.html", sealed_text(b"\n"))
     found = repair(str(tmp_path))
     assert kinds(found) == {"deformation/deformation.json": "stale"}
-    assert set(found.removed) == {"deformation/deformation.json", "deformation/weights.safetensors", "report.html"}
+    names = ("deformation.json", "weights.safetensors", "start=0/fit.json")
+    assert set(found.removed) == {"report.html", *(f"deformation/{name}" for name in names)}
     assert verify(str(tmp_path)).sound
 
 
 def test_a_damaged_map_estimate_is_found(tmp_path: Path):
-    import hashlib
-
     store = make_store(str(tmp_path), make_plan())
     store.storage.create("map/start=0/theta.safetensors", b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
