@@ -256,7 +256,7 @@ def test_linearised_laplace_equals_the_network_where_the_network_is_linear():
     model = Laplace.fit(potential, potential.network.theta())
     offsets = model.offsets(stream(1, "test-laplace"), 3, 1.0)
     for offset, outputs in zip(offsets, model.linearised(offsets, potential.x), strict=True):
-        assert torch.allclose(outputs[0], potential.network.outputs(model.theta_star + offset, potential.x))
+        assert torch.allclose(outputs, potential.network.outputs(model.theta_star + offset, potential.x))
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("classes", "csv"), ("classes", "parquet"), ("curve", "csv")])

@@ -85,14 +85,18 @@ class Comparison:
 
     def validation_nll(self, draws: Draws) -> float:
         """Mean validation NLL of the model average, in nats a row and standardised units; infinite where it breaks."""
+        value = float(self.validation_rows(draws).mean())
+        return value if np.isfinite(value) else np.inf
+
+    def validation_rows(self, draws: Draws) -> np.ndarray:
+        """The same row by row, (rows,)."""
         y = torch.as_tensor(np.array(self.run.dataset.validation.y))
         average = AveragedLikelihood(len(y))
         for start, theta in draws:
             problem = self.problems[start]
             nll = draw_nll(problem.network, problem.likelihood, theta, self.tensors["validation"], y)
             average.add(np.where(np.isnan(nll), np.inf, nll))
-        value = float(average.rows().mean())
-        return value if np.isfinite(value) else np.inf
+        return average.rows()
 
     def mean_rise(self, draws: Draws) -> float:
         """Mean rise of the summed training NLL of draws over their start's MAP estimate, in nats."""

@@ -22,9 +22,11 @@ from pipeline.bayes.predictive import Averaged, AveragedLikelihood
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.paths import Paths, read_points
+from pipeline.stages.select import choose_radius, paired_scores
 from pipeline.store import SampleStore
 
 _CONTROL_BYTES = 2**30
+_OUTPUT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,21 @@ def random_directions(c: Comparison, radii: np.ndarray) -> Method:
 
 
 def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray) -> float:
-    """The walk's own rule: best validation NLL, or for regression and without validation rows the rise of the NLL."""
-    if not c.regression and "validation" in c.inputs:
-        return float(min(grid, key=lambda radius: c.validation_nll(draws(float(radius)))))
-    chosen = float(grid[0])
+    """The walk's own rule (`choose_radius`) on a curve of these draws."""
+    validated = "validation" in c.inputs
+    curve: list[dict[str, Any]] = []
+    rows: list[np.ndarray] = []
     for radius in grid:
-        if not c.mean_rise(draws(float(radius))) <= c.gamma / 2:
-            break
-        chosen = float(radius)
-    return chosen
+        rise = c.mean_rise(draws(float(radius))) if c.regression or not validated else None
+        if validated:
+            rows.append(c.validation_rows(draws(float(radius))))
+        curve.append({"radius": float(radius), "nll_rise": rise, "validation_nll": None, "validation_se": None})
+        if rise is not None and not rise <= c.gamma / 2:
+            break  # the rule never goes beyond
+    if validated:
+        for point, score in zip(curve, paired_scores(np.stack(rows)), strict=True):
+            point.update(score)
+    return float(choose_radius(curve, c.gamma, c.run.config.data.task)["radius"])
 
 
 def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator[tuple[int, Tensor]]:
@@ -133,26 +141,34 @@ def laplace(c: Comparison, fitted: Laplace | None, linearised: bool) -> Method:
     def offsets(factor: float) -> Tensor:
         return model.offsets(stream(c.run.config.seed, "evaluate-laplace"), n, factor)
 
-    def score(factor: float) -> float:
-        if not linearised:
-            return c.validation_nll([(0, model.theta_star + offsets(factor))])
-        average = AveragedLikelihood(len(c.run.dataset.validation.y))
-        y = torch.as_tensor(np.array(c.run.dataset.validation.y))
-        for outputs in model.linearised(offsets(factor), c.tensors["validation"]):
-            average.add(c.problems[0].likelihood.nll(outputs, y).numpy())
-        return float(np.nan_to_num(average.rows().mean(), nan=np.inf))
+    if linearised:
+        return _linearised(c, model, offsets)
+    factor = 1.0
+    if "validation" in c.inputs:
+        factor = min(PRIOR_FACTORS, key=lambda f: c.validation_nll([(0, model.theta_star + offsets(f))]))
+    return Method(c.average([(0, model.theta_star + offsets(factor))]), {"prior_factor": factor})
 
-    factor = float(min(PRIOR_FACTORS, key=score)) if "validation" in c.inputs else 1.0
-    choices = {"prior_factor": factor}
-    if not linearised:
-        return Method(c.average([(0, model.theta_star + offsets(factor))]), choices)
+
+def _linearised(c: Comparison, model: Laplace, offsets: Callable[[float], Tensor]) -> Method:
+    likelihood, factor = c.problems[0].likelihood, 1.0
+    if "validation" in c.inputs:
+        y, scores = torch.as_tensor(np.array(c.run.dataset.validation.y)), list[float]()
+        # As many factors in one pass as memory allows: the Jacobians are what costs.
+        several = max(1, _OUTPUT_BYTES // (8 * c.run.config.evaluation.draws * len(y) * likelihood.columns))
+        for first in range(0, len(PRIOR_FACTORS), several):
+            group = PRIOR_FACTORS[first : first + several]
+            every = model.linearised(torch.cat([offsets(f) for f in group]), c.tensors["validation"])
+            for outputs in every.chunk(len(group)):
+                average = AveragedLikelihood(len(y))
+                average.add(likelihood.nll(outputs, y).numpy())
+                scores.append(float(np.nan_to_num(average.rows().mean(), nan=np.inf)))
+        factor = PRIOR_FACTORS[int(np.argmin(scores))]
     averages: dict[str, Averaged] = {}
     for name in c.inputs:
         average = c.new_average(name)
-        for outputs in model.linearised(offsets(factor), c.tensors[name]):
-            average.add_outputs(outputs, c.problems[0].likelihood)
+        average.add_outputs(model.linearised(offsets(factor), c.tensors[name]), likelihood)
         averages[name] = average.result()
-    return Method(averages, choices)
+    return Method(averages, {"prior_factor": factor})
 
 
 def second_opinion(c: Comparison) -> Method:

@@ -156,7 +156,11 @@ def validation_curve(
             bar.advance(len(walks))
     # The unit of the target, like every metric that is shown.
     unit = np.log(run.dataset.schema.y_std) if run.config.data.task == "regression" else 0.0
-    rows = np.stack([average.rows() for average in averages])
+    return paired_scores(np.stack([average.rows() for average in averages]), float(unit))
+
+
+def paired_scores(rows: np.ndarray, unit: float = 0.0) -> list[dict[str, float | None]]:
+    """Mean NLL of each line of rows (radii, rows), and the standard error of its paired difference to the best one."""
     means = np.array([np.nan if (mean := _finite(float(row.mean()))) is None else mean for row in rows])
     if np.isnan(means).all():
         return [{"validation_nll": None, "validation_se": None} for _ in rows]

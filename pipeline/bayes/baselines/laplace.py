@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jacrev, jvp, vmap
+from torch.func import jacrev, vmap
 
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.params import Network
@@ -52,44 +52,36 @@ class Laplace:
 
     def variance(self, x: Tree) -> Tensor:
         """Variance of the outputs of the linearised network, (rows, columns), in double precision."""
+        shrink = (self.values + 1).rsqrt()
+        pieces = jacobians(self.network, self.theta_star, x)
+        return torch.cat([(jacobian @ self.vectors * shrink).square().sum(-1) for _, _, jacobian in pieces])
 
-        def outputs(t: Tensor, row: Tree) -> Tensor:
-            return self.network.outputs(t, map_tree(lambda leaf: leaf[None], row))[0]
-
-        size, shrink = max(1, _JACOBIAN_BYTES // (8 * len(self.values))), (self.values + 1).rsqrt()
-        parts: list[Tensor] = []
-        for first in range(0, row_count(x), size):
-            piece = slice_rows(x, first, first + size)
-            jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(self.theta_star, piece).double()
-            parts.append((jacobian @ self.vectors * shrink).square().sum(-1))
-        return torch.cat(parts)
-
-    def linearised(self, offsets: Tensor, x: Tree) -> Iterator[Tensor]:
-        """Outputs of the linearised network, in double precision, (1, rows, columns) for each offset in turn."""
-
-        def expand(offset: Tensor, piece: Tree) -> Tensor:
-            parts = jvp(lambda t: self.network.outputs(t, piece), (self.theta_star,), (offset,))
-            return parts[0] + parts[1]
-
-        for offset in offsets:
-            pieces = [slice_rows(x, i, i + 2048) for i in range(0, row_count(x), 2048)]
-            yield torch.cat([expand(offset, piece) for piece in pieces]).double()[None]
+    def linearised(self, offsets: Tensor, x: Tree) -> Tensor:
+        """Outputs of the linearised network for every offset (n, D), in double precision, (n, rows, columns)."""
+        moved = offsets.double().T
+        pieces = jacobians(self.network, self.theta_star, x)
+        return torch.cat([values + (jacobian @ moved).permute(2, 0, 1) for _, values, jacobian in pieces], dim=1)
 
 
-def gauss_newton_matrix(network: Network, likelihood: Likelihood, theta: Tensor, x: Tree) -> Tensor:
-    """J' Lambda J summed over rows, (D, D), in double precision, from Jacobians of a few rows at a time."""
-    dim, columns = network.dim, likelihood.columns
-    total = torch.zeros(dim, dim, dtype=torch.float64)
-    step = max(1, _JACOBIAN_BYTES // (8 * dim * columns))
+def jacobians(network: Network, theta: Tensor, x: Tree) -> Iterator[tuple[Tree, Tensor, Tensor]]:
+    """Pieces of the rows, their outputs (b, columns) and Jacobians of those (b, columns, D), in double precision."""
 
     def outputs(t: Tensor, row: Tree) -> Tensor:
         return network.outputs(t, map_tree(lambda leaf: leaf[None], row))[0]
 
+    columns = network.outputs(theta, slice_rows(x, 0, 1)).shape[-1]
+    step = max(1, _JACOBIAN_BYTES // (8 * network.dim * columns))
     for first in range(0, row_count(x), step):
         piece = slice_rows(x, first, first + step)
         jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(theta, piece).double()
-        values = network.outputs(theta, piece).double()
+        yield piece, network.outputs(theta, piece).double(), jacobian
+
+
+def gauss_newton_matrix(network: Network, likelihood: Likelihood, theta: Tensor, x: Tree) -> Tensor:
+    """J' Lambda J summed over rows, (D, D), in double precision, from Jacobians of a few rows at a time."""
+    total = torch.zeros(network.dim, network.dim, dtype=torch.float64)
+    for _, values, jacobian in jacobians(network, theta, x):
         tangent = jacobian.permute(2, 0, 1)
         curved = likelihood.curvature_product(values, tangent)
-        total += tangent.reshape(dim, -1) @ curved.reshape(dim, -1).T
+        total += tangent.reshape(network.dim, -1) @ curved.reshape(network.dim, -1).T
     return 0.5 * (total + total.T)
