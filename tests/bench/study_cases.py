@@ -70,7 +70,7 @@ def _snelson(root: Path, folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _uci_classes(name: str, target: str) -> Callable[[Path, Path, int], dict[str, Any]]:
+def _uci_classes(name: str, target: str, train_rows: int | None = None) -> Callable[[Path, Path, int], dict[str, Any]]:
     def configure(root: Path, folder: Path, seed: int) -> dict[str, Any]:
         import pandas
 
@@ -80,7 +80,13 @@ def _uci_classes(name: str, target: str) -> Callable[[Path, Path, int], dict[str
         table.sample(frac=1, random_state=seed).to_csv(folder / "data.csv", index=False)
         column = target if target in table.columns else table.columns[-1]
         return {
-            "data": {"source": f"csv:{folder / 'data.csv'}", "target": column, "validation": 0.15, "test": 0.3},
+            "data": {
+                "source": f"csv:{folder / 'data.csv'}",
+                "target": column,
+                "validation": 0.15,
+                "test": 0.3,
+                "train_rows": train_rows,
+            },
             "map": {"starts": 5},
             "evaluation": {"draws": 80, "baselines": SMALL},
         }
@@ -162,8 +168,9 @@ CASES = [
         "DiMS gap NLL a draw 1.816 ± .945, Riemannian Laplace 78.1 ± 55.9 (Jacobsen et al. 2026, raw inputs, "
         "without the constant)"],
         note="The constant ½ log 2π = .919 of the Gaussian is part of every NLL here."),
-    *[Case(n, n.replace("_", " "), 3, _uci_classes(n, t)) for n, t in (
-        ("australian", "class"), ("breast_cancer_categorical", "event"), ("ionosphere", "eticheta"), ("waveform", ""))],
+    *[Case(n, n.replace("_", " "), 3, _uci_classes(n, *t)) for n, *t in (
+        ("australian", "class"), ("breast_cancer_categorical", "event"), ("ionosphere", "eticheta"),
+        ("waveform", "", 500))],
     *[Case(n, n, 5, _uci_regression(n)) for n in ("concrete", "energy", "power-plant", "wine-quality-red", "yacht")],
     Case("airfoil", "Airfoil, ten starts", 1, _airfoil, [
         MILE, "deep ensemble of the same package: RMSE .3650, NLL .1760 (standardised)"], standard=True),
