@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ RECORDS = 20
 """Points of its curve."""
 FIRST_LENGTH = 2.0
 LONGEST = 512.0
+SHORTEST = 2.0**-5
 WORSE = 0.02
 """A validation NLL is clearly past its best when it is this much higher, relative to 0.5 + the best, in nats a row."""
 MOST_STEPS = 800
@@ -59,18 +60,21 @@ def uses_validation(run: Run) -> bool:
 
 
 def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
-    """Double the length until the curve is clearly past its best, for each correction in question; yields one choice.
+    """Double the length until the curve is clearly past its best; yields one choice.
 
-    The length ends at twice the distance at which posterior draws lie where the data say nothing,
-    sqrt(sum 1 / alpha): beyond, the prior forbids.
+    The first correction in question doubles from a short length; the others begin at the best length of the first,
+    since their curves reach their best earlier or not much later. The length ends at twice the distance at which
+    posterior draws lie where the data say nothing, sqrt(sum 1 / alpha): beyond, the prior forbids. Where the rise
+    decides, the walk that gets furthest is taken.
     """
     problem = load_problem(run, 0, dataclasses.replace(plan, compile=False))  # a few walks do not repay a compiler
     automatic = run.config.walk.length == "auto" and plan.tilt == "none"
     trials: list[_Trial] = []
     for candidate in _candidates(run, plan, problem):
-        trials += _double(run, candidate, problem) if automatic else [_try(run, candidate, problem)]
-    best = _shortest_of_the_best(trials) if uses_validation(run) else trials[-1]
-    spent, steps = len(trials) * WALKS * plan.steps, plan.steps
+        begin = min(trials, key=lambda trial: trial.score).plan.length if trials else FIRST_LENGTH
+        trials += _double(run, candidate, problem, begin) if automatic else [_try(run, candidate, problem)]
+    best = _shortest_of_the_best(trials) if uses_validation(run) else max(trials, key=lambda trial: trial.radius)
+    spent, steps = sum(trial.steps for trial in trials) * min(WALKS, plan.walks), plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best.plan, problem, best.radius)
         spent += cost
@@ -97,6 +101,8 @@ class _Trial:
     past: bool
     """Whether the curve is past its best at its end."""
     curve: list[dict[str, Any]]
+    steps: int
+    """Steps that were taken."""
 
 
 def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:
@@ -105,31 +111,47 @@ def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:
     return next(trial for trial in trials if trial.score <= best + EQUAL * (0.5 + best))
 
 
-def _double(run: Run, plan: WalkPlan, problem: Problem) -> Iterator[_Trial]:
+def _double(run: Run, plan: WalkPlan, problem: Problem, length: float) -> Iterator[_Trial]:
     furthest = float((1 / problem.precision.double()).sum().sqrt())
     longest = min(max(2 * furthest if uses_validation(run) else furthest, 2 * FIRST_LENGTH), LONGEST)
-    length, best = FIRST_LENGTH, float("inf")
+    best = float("inf")
     while True:
         trial = _try(run, dataclasses.replace(plan, length=length), problem)
         yield trial
         if length >= longest or trial.past or (uses_validation(run) and trial.score > best + WORSE * (0.5 + best)):
-            return
+            break
         best, length = min(best, trial.score), min(2 * length, longest)
+    # A walk that is too fast for the curvature leaves the fiber early: a shorter and slower one gets further.
+    while not uses_validation(run) and best == float("inf") and trial.past and length > SHORTEST:
+        length = max(length / 4, SHORTEST)
+        trial = _try(run, dataclasses.replace(plan, length=length), problem)
+        yield trial
 
 
 def _try(run: Run, plan: WalkPlan, problem: Problem) -> _Trial:
-    curve = _curve(run, plan, problem)
+    """Walk until the curve is clearly past its best, or to the end."""
     if uses_validation(run):
+        curve = _curve(run, plan, problem, _past)
         scored = [point for point in curve if point["validation_nll"] is not None]
         if not scored:
-            return _Trial(plan, plan.length, math.inf, True, curve)
+            return _Trial(plan, plan.length, math.inf, True, curve, _steps(curve, plan))
         at = min(scored, key=lambda point: point["validation_nll"])
-        score = at["validation_nll"]
-        past = scored[-1]["validation_nll"] > score + 5 * WORSE * (0.5 + score)
-        return _Trial(plan, at["radius"], score, past, curve)
-    radius = _crossing(curve, problem.info["gamma"] / 2)
+        return _Trial(plan, at["radius"], at["validation_nll"], _past(scored), curve, _steps(curve, plan))
+    limit = problem.info["gamma"] / 2
+    curve = _curve(run, plan, problem, lambda curve: _crossing(curve, limit) is not None)
+    radius = _crossing(curve, limit)
     found = plan.length if radius is None else radius
-    return _Trial(plan, found, -found, radius is not None, curve)
+    return _Trial(plan, found, -found, radius is not None, curve, _steps(curve, plan))
+
+
+def _past(curve: list[dict[str, Any]]) -> bool:
+    """Whether the last score is clearly worse than the best."""
+    scores = [point["validation_nll"] for point in curve if point["validation_nll"] is not None]
+    return bool(scores) and scores[-1] > min(scores) + 5 * WORSE * (0.5 + min(scores))
+
+
+def _steps(curve: list[dict[str, Any]], plan: WalkPlan) -> int:
+    return len(curve) * max(plan.steps // RECORDS, 1)
 
 
 def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> tuple[int, int]:
@@ -161,8 +183,10 @@ def _crossing(curve: list[dict[str, Any]], limit: float) -> float | None:
     return None
 
 
-def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, Any]]:
-    """Walk without storing anything; one point of the curve for each of about `RECORDS` radii."""
+def _curve(
+    run: Run, plan: WalkPlan, problem: Problem, enough: Callable[[list[dict[str, Any]]], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Walk without storing anything; a point of the curve at about `RECORDS` radii, until there are `enough`."""
     shard = Shard(0, 0, 0, min(WALKS, plan.walks))
     kernel = build_kernel(run, plan, problem, shard)
     state = init(kernel)
@@ -183,6 +207,8 @@ def _curve(run: Run, plan: WalkPlan, problem: Problem) -> list[dict[str, Any]]:
                     "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else None,
                 }
             )
+            if enough is not None and enough(curve):
+                break
     return curve
 
 
