@@ -18,6 +18,7 @@ from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
 from pipeline.shard import run_shard
 from pipeline.stages.estimate import check_weights, estimate
+from pipeline.stages.pilot import run_pilot
 from pipeline.stages.sample import sample, settle_plan
 from pipeline.store import SampleStore
 
@@ -80,14 +81,16 @@ def test_the_pilot_settles_everything_once_and_the_plan_is_kept(tmp_path):
     assert settle_plan(run, SerialExecutor(), LogProgress()) == plan
 
 
-def test_a_regression_is_walked_until_the_rise_passes_half_of_gamma(tmp_path):
+def test_a_regression_takes_the_walk_that_gets_furthest_below_half_of_gamma(tmp_path):
     data = {"source": "python:pipeline.data.synthetic:snelson_like", "task": "regression"}
     run = opened(tmp_path, data=data, walk={"length": "auto", "correction": "plain", "steps": 100, "record_every": 10})
     estimate(run, SerialExecutor(), LogProgress())
     plan = settle_plan(run, SerialExecutor(), LogProgress())
-    gamma = load_problem(run, 0).info["gamma"]
-    rises = [point["nll_rise"] for point in plan.chosen["pilot"]["curve"]]
-    assert max(rises) > gamma / 2 > rises[0]
+    limit, pilot = load_problem(run, 0).info["gamma"] / 2, plan.chosen["pilot"]
+    assert all(point["nll_rise"] <= limit for point in pilot["curve"] if point["radius"] < pilot["best_radius"])
+    assert 0 < pilot["best_radius"] <= plan.length
+    faster = next(run_pilot(run, dataclasses.replace(plan, length=4 * plan.length, steps=25)))
+    assert faster.best_radius <= pilot["best_radius"], "more drift a step does not get further"
 
 
 def test_the_noise_of_an_interpolating_network_does_not_collapse(tmp_path):
