@@ -192,10 +192,10 @@ class DeformationConfig(_Section):
     """residual, metric (the paper's autoencoder family), gaussian (the control), or none."""
     rank: Count = 64
     """Directions of the correction's basis (residual), or latent dimensions (metric)."""
-    hidden: Widths = (512, 512)
+    hidden: Widths = (128, 128)
     """Units of each hidden layer."""
-    steps: Annotated[int, values.integer(low=0)] = 3000
-    """Training steps."""
+    steps: Annotated[int, values.integer(low=0)] = 400
+    """Training steps, at most: held-out walks and the potential of draws stop them earlier."""
     likelihood_weight: Annotated[float | Literal["auto"], values.number(low=0, words=("auto",))] = "auto"
     """Weight of the mean potential of decoded random directions."""
     workers: Count = 2

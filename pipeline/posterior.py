@@ -109,7 +109,7 @@ class Posterior:
     @property
     def radius(self) -> float:
         """Radius of draws unless another is asked for."""
-        return float(self.facts["radius"])
+        return float(self.facts.get("draw_radius", self.facts["radius"]))
 
     def draw(self, n: int, seed: int = 0, radius: float | None = None) -> Tensor:
         """Posterior draws, (n, D); the same seed gives the same draws.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.bayes.deformation.base import FreeLaw, deal
 from pipeline.bayes.deformation.basis import Sketch, leading_basis, orthonormalise_, random_probe
+from pipeline.bayes.deformation.chain import Gains
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.deformation.ridge import Moments, fit_core
@@ -116,7 +117,7 @@ def test_on_a_quadratic_draws_rise_as_walks_do(linear: Run) -> None:
 
 
 def test_a_broken_model_is_seen(linear: Run, tmp_path: Path) -> None:
-    """The same two checks fail for weights whose cores are half as large."""
+    """The first check fails for weights that are half as large."""
     run = copy(linear, tmp_path)
     model = load_deformation(run, 0)
     assert isinstance(model, Residual)
@@ -125,7 +126,8 @@ def test_a_broken_model_is_seen(linear: Run, tmp_path: Path) -> None:
     directions = stage_directions(run, points.walk)
     truth = torch.from_numpy(points.theta) - model.chain.theta_star
     good = model.deform(directions, radius) - model.chain.theta_star
-    broken = dataclasses.replace(model.chain, cores=[core / 2 for core in model.chain.cores])
+    halved = [Gains(gains.inside / 2, gains.outside) for gains in model.chain.after]
+    broken = dataclasses.replace(model.chain, after=halved, cores=[core / 2 for core in model.chain.cores])
     bad = dataclasses.replace(model, chain=broken).deform(directions, radius) - model.chain.theta_star
     free = truth - directions * radius
     assert error(good, truth, free) < 1e-5
@@ -217,7 +219,7 @@ def test_same_seed_same_draws(iris: Run) -> None:
 def test_weights_survive_their_file(iris: Run) -> None:
     model = load_deformation(iris, 1)
     assert isinstance(model, Residual)
-    again = Residual.from_tensors(model.to_tensors(), model.chain.probe)
+    again = Residual.from_tensors(model.to_tensors(), model.chain.look)
     rng = np.random.default_rng
     assert torch.equal(model.draw(rng(0), 4), again.draw(rng(0), 4))
 
@@ -274,7 +276,8 @@ def test_a_finished_fit_is_left_alone_and_other_blocks_are_learned_anew(iris: Ru
     assert not run.storage.list("deformation/train")
 
 
-def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage_of_death", ["chain", "remainder"])
+def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Path, stage_of_death: str) -> None:
     run = copy(iris, tmp_path)
     job = FitJob(0, summary(run)["radius"], summary(run)["trained_on"])
     run.storage.delete(job.weights)
@@ -285,20 +288,26 @@ def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Pa
     class Dying(SerialTeam):
         def save(self, step: int, tensors: dict, facts: dict) -> None:
             super().save(step, tensors, facts)
-            raise Killed
+            if (
+                stage_of_death == "remainder"
+                and facts["step"]
+                or stage_of_death == "chain"
+                and len(facts["squares"]) == 2
+            ):
+                raise Killed
 
-    restored: list[int] = []
+    restored: list[dict] = []
 
     class Next(SerialTeam):
         def restore(self) -> tuple[dict, dict] | None:
             found = super().restore()
-            restored.append(found[1]["step"] if found else 0)
+            restored.append(found[1] if found else {})
             return found
 
     with pytest.raises(Killed):
         fit(run, job, Dying(run, job))
     fit(run, job, Next(run, job))
-    assert restored[0] > 0
+    assert len(restored[0]["squares"]) >= 2 and bool(restored[0]["step"]) == (stage_of_death == "remainder")
     before, after = load(iris.storage.read(job.weights)), load(run.storage.read(job.weights))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

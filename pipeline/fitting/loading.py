@@ -41,8 +41,21 @@ def load_deformation(run: Run, start: int) -> Deformation:
     if "metric.radius" in tensors:
         from pipeline.bayes.deformation.metric import Metric
 
-        return Metric.from_tensors(tensors)
-    from pipeline.fitting.residual import probe_of
+        model = Metric.from_tensors(tensors)
+        model.radius = drawn_at(run, start, model.radius)
+        return model
+    from pipeline.fitting.residual import look_of, look_rows
 
-    problem = load_problem(run, start)
-    return Residual.from_tensors(tensors, probe_of(run, problem, len(tensors["chain.marks"])))
+    store = SampleStore.open(run.storage)
+    problem = load_problem(run, start, store.plan)
+    rows = look_rows(run, problem, store.plan, len(tensors["chain.marks"]))
+    model = Residual.from_tensors(tensors, look_of(problem, rows))
+    model.radius = drawn_at(run, start, model.radius)
+    return model
+
+
+def drawn_at(run: Run, start: int, otherwise: float) -> float:
+    """Radius of draws unless another is asked for: what `stages.draw_radius` has chosen."""
+    path = facts_path(start)
+    facts = run.storage.read_json(path) if run.storage.exists(path) else {}
+    return float(facts.get("draw_radius", otherwise))

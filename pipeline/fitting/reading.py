@@ -1,26 +1,26 @@
-"""From blocks to what a fit learns from: the blocks of a worker, the drift of each walk, and nodes of the radius."""
+"""From blocks to what a fit learns from: the blocks of a worker, the drift of each walk, and marks of the radius."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.build import Problem, drift_of
-from pipeline.fitting.job import Rows, Team, batch_rows, is_held_out
+from pipeline.fitting.job import HELD_BYTES, Rows, Team, batch_rows, is_held_out
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
-NODES = 16
-"""Most radii with weights of their own."""
 MARKS = 4
-"""Most radii at which the network is looked at."""
+"""Looks at the network up to the selected radius, at most."""
+BEYOND = 2
+"""Further looks, for draws beyond the selected radius."""
 CACHE_BYTES = 256 << 20
-KEEP_BYTES = 256 << 20
+KEEP_BYTES = 512 << 20
 COLUMNS = ["walk", "radius", "potential", "status", "theta"]
 
 
@@ -90,56 +90,6 @@ def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) 
     return Rows(columns["walk"][index], columns["radius"][index].astype(np.float64), columns["potential"][index], theta)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Radii at which the residual is learned."""
-
-    nodes: list[float]
-    marks: list[int]
-    selected: int
-    tolerance: float
-    """A point belongs to the nearest node if it is not farther than this."""
-
-    @classmethod
-    def of(cls, plan: WalkPlan, radius: float) -> Grid:
-        """At most `NODES` recorded radii with the selected one among them, and marks up to it."""
-        radii = plan.radii()
-        selected = int(np.abs(radii - radius).argmin())
-        spread = np.linspace(0, len(radii) - 1, min(NODES, len(radii))).round().astype(int)
-        lookouts = [round((selected + 1) * (j + 1) / MARKS) - 1 for j in range(MARKS)]
-        chosen = sorted({selected, *spread.tolist(), *(m for m in lookouts if m >= 0)})
-        marks = sorted({chosen.index(m) for m in lookouts if m >= 0} | {chosen.index(selected)})
-        gap = float(radii[1] - radii[0]) if len(radii) > 1 else float(radii[0])
-        return cls([float(radii[i]) for i in chosen], marks, chosen.index(selected), 0.5001 * gap)
-
-    def node_of(self, radius: np.ndarray) -> np.ndarray:
-        """Node of each point, (b,); -1 where none is near."""
-        gaps = np.abs(radius[:, None] - np.asarray(self.nodes))
-        nearest = gaps.argmin(axis=1)
-        return np.where(gaps[np.arange(len(radius)), nearest] <= self.tolerance, nearest, -1)
-
-
-@dataclass
-class Walks:
-    """What is held of this worker's walks: never positions."""
-
-    walk: np.ndarray
-    """(w,)."""
-    targets: Tensor
-    """Coefficients of the residual at each node, (w, nodes, k); NaN where a walk has no point there."""
-    rise: Tensor
-    """Potential of the point, (w, nodes), float64; NaN likewise."""
-    squares: Tensor
-    """Squares of offset minus free displacement, and of what the stretch leaves of it, (w, nodes, 2), float64."""
-    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(w, p)."""
-
-    @property
-    def held(self) -> Tensor:
-        """Which walks are kept for judging, (w,) bool."""
-        return torch.from_numpy(is_held_out(self.walk))
-
-
 class Directions:
     """The drift of each walk at unit radius, drawn again from its stream; kept where all of them fit."""
 
@@ -162,32 +112,72 @@ class Directions:
         return direction
 
 
-@dataclass(frozen=True)
-class Offsets:
-    """Points near a node as free direction and offset from theta*."""
+def marks_of(plan: WalkPlan, radius: float) -> tuple[list[float], int]:
+    """Recorded radii at which the network is looked at, rising, and the number of the selected one among them."""
+    radii = plan.radii()
+    selected, last = int(np.abs(radii - radius).argmin()), len(radii) - 1
+    before = {round((selected + 1) * (j + 1) / MARKS) - 1 for j in range(MARKS)}
+    beyond = {selected + round((last - selected) * (j + 1) / BEYOND) for j in range(BEYOND)}
+    chosen = sorted(i for i in {*before, selected, *beyond} if i >= 0)
+    return [float(radii[i]) for i in chosen], chosen.index(selected)
 
-    walk: np.ndarray
-    node: np.ndarray
-    radius: Tensor
-    """(b, 1)."""
+
+@dataclass(frozen=True)
+class Points:
+    """Points of walks at one mark, b of them."""
+
+    place: Tensor
+    """Which of this worker's walks, (b,)."""
     direction: Tensor
-    """At unit radius, (b, D)."""
+    """Drift at unit radius, (b, D)."""
     offset: Tensor
     """theta - theta*, (b, D)."""
-    potential: np.ndarray
+    potential: Tensor
+    """(b,), float64."""
 
 
-def offsets(team: Team, grid: Grid, directions: Directions, theta_star: Tensor) -> Iterator[Offsets]:
-    """One pass over this worker's points that lie near a node."""
-    for rows in team.rows():
-        node = grid.node_of(rows.radius)
-        index = np.flatnonzero(node >= 0)
-        if len(index):
-            yield Offsets(
-                walk=rows.walk[index],
-                node=node[index],
-                radius=torch.from_numpy(rows.radius[index])[:, None].to(theta_star),
-                direction=directions.of(rows.walk[index]),
-                offset=rows.theta[index].to(theta_star) - theta_star,
-                potential=rows.potential[index],
-            )
+class Walks:
+    """This worker's walks, each with its record nearest to every mark: what the walk contributes at that radius.
+
+    A walk that its guard has held back counts with the point that it has reached.
+    """
+
+    def __init__(self, team: Team, marks: list[float], directions: Directions, theta_star: Tensor, rank: int):
+        self._team, self._directions, self._star, self.marks = team, directions, theta_star, marks
+        most = HELD_BYTES // (16 * rank * theta_star.element_size())
+        best: dict[int, list[tuple[float, int]]] = {}
+        rows = 0
+        for part in team.rows():
+            gaps = np.abs(part.radius[:, None] - np.asarray(marks)).tolist()
+            for row, (walk, gap) in enumerate(zip(part.walk.tolist(), gaps, strict=True)):
+                if walk not in best and len(best) >= most:
+                    continue
+                now = best.setdefault(walk, [(np.inf, -1)] * len(marks))
+                best[walk] = [min(old, (g, rows + row)) for old, g in zip(now, gap, strict=True)]
+            rows += len(part.walk)
+        self.walk = np.array(list(best), dtype=np.int64)
+        self._place = {walk: place for place, walk in enumerate(best)}
+        self._uses = np.zeros((rows, len(marks)), dtype=bool)
+        for nearest in best.values():
+            for mark, (_, row) in enumerate(nearest):
+                self._uses[row, mark] = True
+
+    @property
+    def held(self) -> Tensor:
+        """Which walks are kept for judging, (w,) bool."""
+        return torch.from_numpy(is_held_out(self.walk))
+
+    def at(self, mark: int) -> Iterator[Points]:
+        """One pass over the points at a mark."""
+        first = 0
+        for rows in self._team.rows():
+            index = np.flatnonzero(self._uses[first : first + len(rows.walk), mark])
+            first += len(rows.walk)
+            if len(index):
+                walks = rows.walk[index]
+                yield Points(
+                    place=torch.tensor([self._place[walk] for walk in walks.tolist()]),
+                    direction=self._directions.of(walks),
+                    offset=rows.theta[index].to(self._star) - self._star,
+                    potential=torch.from_numpy(rows.potential[index]),
+                )

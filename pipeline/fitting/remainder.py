@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
+from pipeline.fitting.chain import Fitted, Seen
 from pipeline.fitting.job import FitJob, Team, torch_generator
-from pipeline.fitting.reading import Grid, Walks
 from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
 from pipeline.plan import stream
 from pipeline.run import Run
@@ -21,7 +21,7 @@ from pipeline.run import Run
 BATCH = 256
 """Walks of a step, over all workers."""
 UNIT = 0.1
-"""Size of the remainder's unit relative to the residual."""
+"""Size of the remainder's unit relative to what the chain leaves."""
 WEIGHT = 0.1
 """First weight of the logarithm of the rise of U over that of the walks, against the relative squared error."""
 LARGEST_WEIGHT = 4.0
@@ -38,26 +38,24 @@ DECAY = 1e-2
 
 
 def fit_remainder(
-    run: Run, problem: Problem, job: FitJob, team: Team, model: Residual, walks: Walks, grid: Grid
+    run: Run, problem: Problem, job: FitJob, team: Team, model: Residual, fitted: Fitted
 ) -> dict[str, Any]:
-    """Train on top of the cores of `model` and set `model.remainder` if it helps. Returns facts for the report."""
-    settings = run.config.deformation
-    target = walks.targets[:, grid.selected]
-    there = ~target[:, 0].isnan()
-    core = _core_part(model, walks, grid)
-    sums = _sums(team, walks, target - core, target, there)
+    """Train on top of the chain of `model` and set `model.remainder` if it helps. Returns facts for the report."""
+    settings, seen = run.config.deformation, fitted.seen
+    assert seen is not None
+    sums = _sums(team, seen)
     star = float(problem.potential.value(problem.theta_star.detach()[None])[0])
-    rise = torch.stack([(walks.rise[there, grid.selected] - star).sum(), there.sum().double()])
+    rise = torch.stack([(seen.potential - star).sum(), torch.tensor(float(len(seen.potential))).double()])
     team.sum([rise])
     walk_rise = float(rise[0] / rise[1].clamp_min(1))
     term = Term(run, problem, model, job, team, walk_rise)
-    steps = _steps(settings.steps, problem.network.dim)
+    steps = _steps(settings.steps, problem.network.dim * (1 + len(model.chain.marks)))
     facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "steps": steps}
     if not steps or sums["count"] < 2:
         return facts | {"heldout_error_in_basis": sums["error"], "remainder": False, "curve": []}
-    remainder = _new(run, job, model, walks, sums, settings.hidden)
-    judge = Judge(team, term, walks, core, target, there)
-    curve = _train(run, job, team, remainder, term, judge, steps)
+    remainder = _new(run, job, model, seen, sums, settings.hidden)
+    judge = Judge(team, term, seen)
+    curve = _train(run, job, team, remainder, term, judge, steps, fitted.squares)
     best = min(curve, key=lambda point: point["score"])
     facts |= {"curve": curve, "remainder": bool(best["step"] > 0), "heldout_error_in_basis": best["heldout_error"]}
     if best["step"] > 0:
@@ -66,7 +64,14 @@ def fit_remainder(
 
 
 def _train(
-    run: Run, job: FitJob, team: Team, remainder: Remainder, term: Term, judge: Judge, steps: int
+    run: Run,
+    job: FitJob,
+    team: Team,
+    remainder: Remainder,
+    term: Term,
+    judge: Judge,
+    steps: int,
+    squares: list[list[float]],
 ) -> list[dict[str, Any]]:
     """Adam with a falling rate; leaves the best weights in `remainder`. Goes on from the last checkpoint."""
     optimiser = torch.optim.AdamW(remainder.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
@@ -74,7 +79,7 @@ def _train(
     curve: list[dict[str, Any]] = [judge(remainder, 0)]
     first = 0
     found = team.restore()
-    if found is not None:
+    if found is not None and found[1]["step"]:
         first, curve = int(found[1]["step"]), list(found[1]["curve"])
         best = _load(found[0], remainder, optimiser)
     wrapped = team.wrap(remainder)
@@ -95,7 +100,8 @@ def _train(
             if curve[-1]["score"] <= min(point["score"] for point in curve):
                 best = {name: value.clone() for name, value in remainder.state_dict().items()}
             if len(curve) % SAVE_EVERY == 0:
-                team.save(step + 1, _dump(remainder, optimiser, best), {"step": step + 1, "curve": curve})
+                tensors = _dump(remainder, optimiser, best) | term.model.chain.to_tensors()
+                team.save(step + 1, tensors, {"step": step + 1, "curve": curve, "squares": squares})
             since = len(curve) - 1 - min(range(len(curve)), key=lambda i: curve[i]["score"])
             if since >= PATIENCE:
                 break
@@ -133,38 +139,30 @@ def _loss(
     count = len(judge.train)
     size = min(count, max(1, BATCH // team.size))
     chosen = judge.train[torch.as_tensor(rng.choice(count, size, replace=False))] if count else judge.train
-    inputs, directions = judge.walks.inputs[chosen], None
+    inputs, base = judge.seen.inputs[chosen], None
     if weight:
-        directions, fresh = term.directions(step)
+        base, fresh = term.fresh(step)
         inputs = torch.cat([inputs, fresh])
     outputs = wrapped(inputs, noise)
-    left = judge.target[chosen] - judge.core[chosen]
-    unit = (remainder.unit[0] / UNIT).square().to(left.dtype)
-    loss = (outputs[:size] - left).square().sum(1).mean() / unit if size else outputs.sum() * 0
-    if directions is not None:
-        linear = term.model.chain.coefficients(inputs[size:], term.model.radius)
-        pulled, _ = term.pull(directions, linear + outputs[size:], step)
+    unit = (remainder.unit[0] / UNIT).square().to(outputs.dtype)
+    loss = (outputs[:size] - judge.seen.left[chosen]).square().sum(1).mean() / unit if size else outputs.sum() * 0
+    if base is not None:
+        pulled, _ = term.pull(base, outputs[size:], step)
         loss = loss + weight * pulled
     return loss
 
 
-def _core_part(model: Residual, walks: Walks, grid: Grid) -> Tensor:
-    if not len(walks.walk):
-        return walks.targets[:, grid.selected]
-    return model.chain.coefficients(walks.inputs, grid.nodes[grid.selected])
-
-
-def _sums(team: Team, walks: Walks, left: Tensor, target: Tensor, there: Tensor) -> dict[str, Any]:
-    """Statistics of inputs and targets over the training walks of all workers."""
-    train, held = there & ~walks.held, there & walks.held
-    x = walks.inputs[train].double()
+def _sums(team: Team, seen: Seen) -> dict[str, Any]:
+    """Statistics of inputs and of what is left over the training walks of all workers."""
+    train, held = ~seen.held, seen.held
+    x = seen.inputs[train].double()
     sums = [
         torch.tensor([float(train.sum())]).double(),
         x.sum(0),
         x.square().sum(0),
-        target[train].double().square().sum()[None],
+        seen.left[train].double().square().sum()[None],
     ]
-    errors = [left[held].double().square().sum()[None], target[held].double().square().sum()[None]]
+    errors = [part[held].double().square().sum()[None] for part in (seen.left, seen.target)]
     team.sum(sums + errors)
     count = float(sums[0])
     mean = sums[1] / max(count, 1)
@@ -178,8 +176,8 @@ def _steps(wanted: int, dim: int) -> int:
     return min(wanted, max(CHECKS, int(TERM_WORK / (FRESH * dim)))) if wanted else 0
 
 
-def _new(run: Run, job: FitJob, model: Residual, walks: Walks, sums: dict[str, Any], hidden: Any) -> Remainder:
-    dtype = walks.inputs.dtype
+def _new(run: Run, job: FitJob, model: Residual, seen: Seen, sums: dict[str, Any], hidden: Any) -> Remainder:
+    dtype = seen.inputs.dtype
     center, scale = sums["mean"].clone(), sums["std"].clamp_min(1e-12)
     center[0], scale[0] = 0.0, 1.0
     unit = UNIT * max(sums["rms"], 1e-12)
@@ -203,7 +201,8 @@ def _load(tensors: dict[str, Tensor], remainder: Remainder, optimiser: torch.opt
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimiser": {}}
     for name, value in tensors.items():
         kind, rest = name.split(".", 1)
-        parts[kind][rest] = value
+        if kind in parts:
+            parts[kind][rest] = value
     remainder.load_state_dict(parts["now"])
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in parts["optimiser"].items():

@@ -11,8 +11,8 @@ from torch import Tensor
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
+from pipeline.fitting.chain import Seen
 from pipeline.fitting.job import FitJob, Team
-from pipeline.fitting.reading import Walks
 from pipeline.plan import stream
 from pipeline.run import Run
 
@@ -38,34 +38,35 @@ class Term:
         self._star = problem.theta_star.detach()[None]
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Fresh directions (n, D) and their inputs (n, p)."""
+        """Where the chain takes fresh directions, (n, D), and the inputs of the remainder there, (n, p)."""
         rng = stream(self._seed, purpose, self._job.start, step, self._team.rank)
-        directions = self.model.free.directions(rng, count, self.model.chain.basis.dtype)
+        chain = self.model.chain
         with torch.no_grad():
-            return directions, self.model.chain.inputs(directions, self.model.radius)
+            direction = chain.vector(self.model.free.directions(rng, count, chain.basis.dtype))
+            _, state = chain.states(direction, self.model.radius)
+            return state.point.full + chain.theta_star, state.inputs(direction.inside)
 
-    def directions(self, step: int) -> tuple[Tensor, Tensor]:
+    def fresh(self, step: int) -> tuple[Tensor, Tensor]:
         """Those of one training step. Never used again: a pool of 4096 was learned by heart."""
         return self.draws("deform-fresh", step, self.count)
 
-    def pull(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, float]:
+    def pull(self, base: Tensor, correction: Tensor, step: int) -> tuple[Tensor, float]:
         """Surrogate whose gradient is that of log(rise / walks' rise), and the ratio itself."""
-        position, gradient, rise = self._evaluate(directions, coefficients.detach(), step)
+        position = torch.addmm(base, correction.detach(), self.model.chain.basis).to(self._star)
+        gradient, rise = self._evaluate(position, step)
         ratio = float(rise.mean()) / self.walk_rise
         if not math.isfinite(ratio) or ratio <= MARGIN:
-            return coefficients.sum() * 0.0, ratio
-        slope = (gradient.to("cpu", coefficients.dtype) @ self.model.chain.basis.T) / (
-            ratio * self.walk_rise * len(rise)
-        )
-        return (slope * coefficients).sum(), ratio
+            return correction.sum() * 0.0, ratio
+        slope = (gradient.to("cpu", correction.dtype) @ self.model.chain.basis.T) / (ratio * self.walk_rise * len(rise))
+        return (slope * correction).sum(), ratio
 
-    def rise(self, directions: Tensor, coefficients: Tensor) -> Tensor:
+    def rise(self, base: Tensor, correction: Tensor | None) -> Tensor:
         """Exact rise of U over theta* on all training rows, (n,)."""
-        position = self.model.chain.position(directions, coefficients, self.model.radius).to(self._star)
+        position = base if correction is None else torch.addmm(base, correction, self.model.chain.basis)
+        position = position.to(self._star)
         return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
 
-    def _evaluate(self, directions: Tensor, coefficients: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        position = self.model.chain.position(directions, coefficients, self.model.radius).to(self._star)
+    def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0
         if self._potential.rows > TERM_ROWS:
             rng = stream(self._seed, "deform-rows", self._job.start, step)
@@ -75,35 +76,27 @@ class Term:
         _, star = self._potential.nll_gradient(self._star, rows)
         prior = self._potential.prior(position) - self._potential.prior(self._star)
         rise = (nll - star) * scale + prior
-        return position, torch.addcmul(gradient * scale, self._potential.precision, position), rise.double()
+        return torch.addcmul(gradient * scale, self._potential.precision, position), rise.double()
 
 
 class Judge:
     """Scores a remainder on held-out walks and on the potential of the same fresh draws each time."""
 
-    def __init__(self, team: Team, term: Term, walks: Walks, core: Tensor, target: Tensor, there: Tensor):
-        self.walks, self.core, self.target = walks, core, target
-        self.train, self.held = torch.nonzero(there & ~walks.held)[:, 0], there & walks.held
+    def __init__(self, team: Team, term: Term, seen: Seen):
+        self.seen, self.train = seen, torch.nonzero(~seen.held)[:, 0]
         self._team, self._term = team, term
-        self._directions, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term.count))
-        self._linear = term.model.chain.coefficients(self._inputs, term.model.radius)
+        self._base, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term.count))
 
     @torch.no_grad()
     def __call__(self, remainder: Remainder, step: int) -> dict[str, Any]:
         """One point of the learning curve."""
         remainder.eval()
-        left = self.target[self.held] - self.core[self.held]
-        after = left - remainder(self.walks.inputs[self.held]) if step and len(left) else left
-        draws = self._linear + remainder(self._inputs) if step else self._linear
-        rise = self._term.rise(self._directions, draws)
-        sums = torch.stack(
-            [
-                after.square().sum().double(),
-                self.target[self.held].square().sum().double(),
-                rise.sum(),
-                torch.tensor(float(len(rise))).double(),
-            ]
-        )
+        held = self.seen.held
+        left = self.seen.left[held]
+        after = left - remainder(self.seen.inputs[held]) if step and len(left) else left
+        rise = self._term.rise(self._base, remainder(self._inputs) if step else None)
+        squares = torch.stack([after.square().sum(), self.seen.target[held].square().sum()]).double()
+        sums = torch.cat([squares, torch.stack([rise.sum(), torch.tensor(float(len(rise))).double()])])
         self._team.sum([sums])
         remainder.train()
         error = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 0.0

@@ -19,6 +19,7 @@ from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
 from pipeline.stages.cost import machine_memory
+from pipeline.stages.draw_radius import choose_draw_radius
 from pipeline.store import SampleStore
 
 __all__ = ["deform", "load_deformation", "train_in_process"]
@@ -38,23 +39,30 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
         return
     store = SampleStore.open(run.storage)
     digest = store.digest()
-    radius = float(run.storage.read_json("radius.json")["radius"])
-    jobs = [FitJob(start, radius, digest) for start in range(store.plan.starts)]
+    choice = run.storage.read_json("radius.json")
+    jobs = [FitJob(start, float(choice["radius"]), digest) for start in range(store.plan.starts)]
     if run.storage.exists(SUMMARY):
         if run.storage.read_json(SUMMARY)["trained_on"] != digest:
             report.note("The blocks have changed since the deformation was fitted: fitting it again.")
         elif all(fitted(run, job) for job in jobs):
             return
     check_memory(run, store.plan.dim)
-    found = []
-    with report.bar("Deformation", store.plan.starts) as bar:
+    with report.bar("Deformation", len(jobs)) as bar:
         for job in jobs:
             if not fitted(run, job):
                 trainer(run, job)
             _remove_scratch(run, job)
-            found.append(judge(run, store, job.start, run.storage.read_json(facts_path(job.start))))
-            bar.advance(1, _line(found[-1]))
-    summary = summarise(run, radius, digest, found)
+            bar.advance(1, f"start {job.start}")
+    tuned: dict[str, Any] = {"draw_radius": float(choice["radius"])}
+    if settings.kind != "gaussian":
+        models = [load_deformation(run, job.start) for job in jobs]
+        tuned = choose_draw_radius(run, store.plan, models, choice)
+    found = []
+    for job in jobs:
+        facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
+        run.storage.replace_json(facts_path(job.start), facts)
+        found.append(judge(run, store, job.start, facts))
+    summary = summarise(run, float(choice["radius"]), digest, found) | tuned
     run.storage.replace_json(SUMMARY, summary)
     report.note(f"Deformation: {_line(summary)}")
 
@@ -147,6 +155,8 @@ def _line(facts: dict[str, Any]) -> str:
         if facts["potential_rise"]
         else ""
     )
+    if facts["draw_radius"] < facts["radius"]:
+        rises += f", drawn at radius {facts['draw_radius']:.4g}"
     return (f"held-out error {error:.3f}, " if error is not None else "") + rises
 
 

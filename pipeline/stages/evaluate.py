@@ -139,12 +139,12 @@ def _builders(
     if "validation" in c.inputs:
         wanted["walk_temperature"] = lambda: methods.tempered(c, base("walk"))
     if c.run.config.deformation.kind != "none":
-        wanted["deformation"] = lambda: Method(c.average(deformation_draws(c, radius)))
+        wanted["deformation"] = lambda: Method(c.average(deformation_draws(c)))
     return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
 
 
-def deformation_draws(c: Comparison, radius: float) -> Iterator[tuple[int, Tensor]]:
-    """Draws of the deformation models, starts in equal parts."""
+def deformation_draws(c: Comparison, radius: float | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Draws of the deformation models, starts in equal parts; at their own radius unless another is given."""
     if not c.run.storage.exists(DEFORMATION):
         raise Unavailable("has not been fitted yet")
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):

@@ -74,7 +74,7 @@ def predict_table(run: Run, x: Any, draws_from: str = "walk") -> pa.Table:
     comparison = Comparison.open(run, store.plan, {})
     parts = []
     for first in range(0, row_count(x), _BLOCK):
-        draws: Draws = walk_draws(comparison, store, paths, radius) if paths else deformation_draws(comparison, radius)
+        draws: Draws = walk_draws(comparison, store, paths, radius) if paths else deformation_draws(comparison)
         averaged = _average(comparison, draws, slice_rows(x, first, first + _BLOCK))
         parts.append(_columns(averaged, run.dataset.schema))
     return pa.concat_tables(parts)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.bayes.deformation.base import Deformation, deal
 from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
 from pipeline.bayes.trees import to_tensors
+from pipeline.build import Problem
 from pipeline.fitting.fit import facts_path, train_in_process
 from pipeline.fitting.job import FitJob
 from pipeline.fitting.loading import load_deformation
@@ -60,17 +61,17 @@ def per_second(function, draws: int, seconds: float = 2.0) -> float:
     return done / (time.perf_counter() - began)
 
 
-def floor(model: Deformation, draws: int) -> float:
-    """Draws a second of what a draw cannot do without: D normal numbers, one D x k product, one forward pass."""
-    chain = getattr(model, "chain", None)
+def floor(model: Deformation, problem: Problem, draws: int) -> float:
+    """Draws a second of what a draw cannot do without: D normal numbers, one D x k product, one forward pass over the
+    training rows."""
+    chain, network, x = getattr(model, "chain", None), problem.network, problem.potential.x
     rng = np.random.default_rng(0)
 
     def work() -> None:
         normal = torch.from_numpy(rng.standard_normal((draws, model.dim), dtype=np.float32))
         if chain is not None:
             normal @ chain.basis.T
-            for mark in range(len(chain.marks)):
-                chain.probe(normal * 0.01 + chain.theta_star, mark)
+            network.outputs_many(normal.to(network.dtype) * 0.01 + problem.theta_star, x, 64)
 
     with torch.no_grad():
         return per_second(work, draws)
@@ -126,7 +127,7 @@ def main() -> None:
             speed = per_second(lambda m=model, r=rng: m.draw(r, 256), 256)
             linear = of_kind.storage.read_json(facts_path(0)).get("heldout_error_linear")
             errors = " | ".join("" if e is None else f"{e:.3f}" for e in (facts["heldout_error"], linear))
-            extra = f"| {errors} | {sum(seconds):.1f} | {speed:.0f} ({floor(model, 256):.0f}) "
+            extra = f"| {errors} | {sum(seconds):.1f} | {speed:.0f} ({floor(model, posterior.problem(0), 256):.0f}) "
             print(line(kind, nll, control, facts["potential_rise"], extra), flush=True)
 
 

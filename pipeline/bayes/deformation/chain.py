@@ -1,10 +1,15 @@
-r"""The core of the residual kind: a few learned steps out along the radius, each looking once at the network's outputs.
+r"""The core of the residual kind: a few learned steps out along the radius, each with one look at the gradient.
 
-A free direction d becomes inputs x = [1, U d, F_1, ..., F_M]. F_j are leading principal components of the change of
-the network's outputs on the j-th part of a fixed sample of training inputs, at the point that the inputs before it
-predict for the radius $R_j$ (a *mark*). All parts together cost one forward pass over the sample. At a radius r the
-coefficients of the walk's residual are linear in the inputs whose marks do not lie beyond r, with weights for each
-recorded radius (a *node*) and linear interpolation between nodes.
+A free direction d is carried to the radii $r_1 < \dots < r_M$ (*marks*). At a mark, a guess of the point is made from
+the free displacement $v = r_j d$, the last point p and the last gradient; the gradient g of the summed NLL is taken
+there, over a fixed sample of training rows; and the point is a combination of v, p, both gradients and a brake. A
+combination has one gain for each direction of the basis, and one for all that lies outside of it:
+
+$$\theta_j - \theta^* = \sum_a \left[ s_a (1 - U'U) + U'\,\mathrm{diag}(g_a)\,U \right] x_a + U' W [1, Ud, Up, Ug]$$
+
+The basis holds curvature directions, so that the gains act as step sizes. The number of looks is fixed: nothing is
+iterated until it converges. The brake is the step from p to the guess times $n / (n + \gamma)$, n the rise of the NLL:
+walks that have left the fiber are held back by their guard.
 """
 
 from __future__ import annotations
@@ -15,123 +20,174 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Probe = Callable[[Tensor, int], Tensor]
-"""Parameters (n, D) and the number of a part -> outputs on that part of the sample, flattened, (n, F)."""
+Look = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Points (n, D) and the number of a mark -> gradient of the summed NLL less that at theta*, and the rise of the NLL."""
 
 
 @dataclass
-class Stretch:
-    r"""Free displacement at a radius, each coordinate by its own share: $v \mapsto (1 + \min(r/r_0, 1)\,a) \odot v$."""
+class Vector:
+    """Displacements as they are and in the basis."""
 
-    slope: Tensor
-    """a, (D,)."""
-    radius: float
-    """r_0."""
+    full: Tensor
+    """(n, D)."""
+    inside: Tensor
+    """(n, k)."""
 
-    def place(self, directions: Tensor, radius: float) -> Tensor:
-        """Displacement of directions (n, D) at a radius, (n, D)."""
-        share = min(radius / self.radius, 1.0)
-        return directions * (self.slope * (share * radius) + radius)
+    def __mul__(self, factor: float | Tensor) -> Vector:
+        return Vector(self.full * factor, self.inside * factor)
+
+    def __sub__(self, other: Vector) -> Vector:
+        return Vector(self.full - other.full, self.inside - other.inside)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Coefficients of a combination of m vectors."""
+
+    inside: Tensor
+    """For each direction of the basis, (m, k)."""
+    outside: Tensor
+    """For the rest, (m,)."""
+
+    def combine(self, parts: Sequence[Vector], basis: Tensor) -> Vector:
+        """The combination."""
+        scales = self.outside.tolist()
+        full, plain = parts[0].full * scales[0], parts[0].inside * scales[0]
+        inside = parts[0].inside * self.inside[0]
+        for scale, gain, part in zip(scales[1:], self.inside[1:], parts[1:], strict=True):
+            full.add_(part.full, alpha=scale)
+            plain.add_(part.inside, alpha=scale)
+            inside.addcmul_(part.inside, gain)
+        return Vector(full.addmm_(inside - plain, basis), inside)
+
+
+@dataclass
+class State:
+    """Where directions have come at a mark."""
+
+    point: Vector
+    """Offset from theta*."""
+    gradient: Vector
+    """Of the NLL at the guess."""
+
+    def inputs(self, inside: Tensor) -> Tensor:
+        """[1, U d sqrt(D), U p, U g] for directions with coordinates `inside`, (n, 1 + 3 k)."""
+        scaled = inside * self.point.full.shape[1] ** 0.5
+        return torch.cat([inside.new_ones(len(inside), 1), scaled, self.point.inside, self.gradient.inside], dim=1)
 
 
 @dataclass
 class Chain:
-    """Learned coefficients. `cores` and `marks` are filled in the order of the radius while it is fitted."""
+    """Learned steps. `before`, `after` and `cores` are filled in the order of the marks while it is fitted."""
 
     theta_star: Tensor
     """(D,)."""
-    stretch: Stretch
     basis: Tensor
     """Orthonormal rows U, (k, D)."""
-    nodes: list[float]
-    """Radii with weights of their own, rising."""
-    marks: list[int]
-    """Nodes at which the network is looked at, rising; one a part of the sample."""
-    probe: Probe
-    before: list[Tensor] = field(default_factory=list)
-    """Weights that predict the point of a mark from the inputs before it, each (p_j, k)."""
-    means: list[Tensor] = field(default_factory=list)
-    """Mean change of outputs at each mark, (F,)."""
-    components: list[Tensor] = field(default_factory=list)
-    """Principal components at each mark, (F, m)."""
+    marks: list[float]
+    """Radii, rising."""
+    gamma: float
+    """Effective number of parameters."""
+    look: Look
+    captured: float = 1.0
+    """Share of the squares of what slopes leave that lies in the basis."""
+    before: list[Gains] = field(default_factory=list)
+    """For the guess at each mark, of [v] or [v, p, g]."""
+    after: list[Gains] = field(default_factory=list)
+    """For the point at each mark, of the same, the new gradient and the brake."""
     cores: list[Tensor] = field(default_factory=list)
-    """Weights of each node, (p, k)."""
+    """Linear correction at each mark, (1 + 3 k, k)."""
 
-    def project(self, directions: Tensor) -> Tensor:
-        """First inputs [1, U d sqrt(D)], (n, 1 + k)."""
-        inside = directions @ self.basis.T * directions.shape[1] ** 0.5
-        return torch.cat([inside.new_ones(len(inside), 1), inside], dim=1)
+    def vector(self, full: Tensor) -> Vector:
+        """With its coordinates in the basis."""
+        return Vector(full, full @ self.basis.T)
 
-    def outputs_at_mark(self, directions: Tensor, inputs: Tensor, mark: int) -> Tensor:
-        """Change of the outputs at the point that `inputs` predict for a mark, (n, F)."""
-        radius = self.nodes[self.marks[mark]]
-        point = self.position(directions, inputs @ self.before[mark], radius)
-        return self.probe(point, mark) - self.probe(self.theta_star[None], mark)
+    def parts(self, direction: Vector, state: State | None, mark: int) -> list[Vector]:
+        """What a guess is made of."""
+        free = direction * self.marks[mark]
+        return [free] if state is None else [free, state.point, state.gradient]
 
-    def inputs(self, directions: Tensor, radius: float = float("inf")) -> Tensor:
-        """Inputs of directions (n, D), as far as the coefficients at `radius` need them, (n, p)."""
-        x = self.project(directions)
-        last = self._node_above(radius)
-        for mark, node in enumerate(self.marks):
-            if node > last:
-                break
-            change = self.outputs_at_mark(directions, x, mark)
-            x = torch.cat([x, (change - self.means[mark]) @ self.components[mark]], dim=1)
-        return x
+    def looked(self, parts: list[Vector], guess: Vector, state: State | None, mark: int) -> list[Vector]:
+        """What a point is made of: one look at the gradient."""
+        gradient, rise = self.look(guess.full + self.theta_star, mark)
+        rise = rise.clamp_min(0)
+        brake = (rise / (rise + self.gamma)).nan_to_num(1.0).to(guess.full)[:, None]
+        step = guess if state is None else guess - state.point
+        return [*parts, self.vector(gradient), step * brake]
 
-    def coefficients(self, inputs: Tensor, radius: float) -> Tensor:
-        """Linear part of the residual in the basis, (n, k)."""
-        upper = self._node_above(radius)
-        high = self._core(inputs, upper)
-        below = self.nodes[upper - 1] if upper else 0.0
-        share = min(1.0, (radius - below) / (self.nodes[upper] - below))
-        if share > 1 - 1e-6:
-            return high
-        return high * share + (self._core(inputs, upper - 1) * (1 - share) if upper else 0.0)
+    def finish(self, parts: list[Vector], direction: Vector, mark: int) -> State:
+        """The point at a mark."""
+        gradient = parts[-2]
+        point = self.after[mark].combine(parts, self.basis)
+        if len(self.cores) > mark:
+            shift = State(point, gradient).inputs(direction.inside) @ self.cores[mark]
+            point = Vector(point.full.addmm_(shift, self.basis), point.inside + shift)
+        return State(point, gradient)
 
-    def position(self, directions: Tensor, coefficients: Tensor, radius: float) -> Tensor:
-        """theta* + stretched displacement + coefficients in the basis, (n, D)."""
-        return torch.addmm(self.stretch.place(directions, radius).add_(self.theta_star), coefficients, self.basis)
+    def step(self, direction: Vector, state: State | None, mark: int) -> State:
+        """From one mark to the next."""
+        parts = self.parts(direction, state, mark)
+        guess = self.before[mark].combine(parts, self.basis)
+        return self.finish(self.looked(parts, guess, state, mark), direction, mark)
 
-    def _node_above(self, radius: float) -> int:
-        return next((g for g, node in enumerate(self.nodes) if node >= radius * (1 - 1e-6)), len(self.nodes) - 1)
+    def states(self, direction: Vector, radius: float) -> tuple[State | None, State]:
+        """States at the marks below and at or above a radius."""
+        last, state = None, self.step(direction, None, 0)
+        for mark in range(1, self.above(radius) + 1):
+            last, state = state, self.step(direction, state, mark)
+        return last, state
 
-    def _core(self, inputs: Tensor, node: int) -> Tensor:
-        weights = self.cores[node]
-        return inputs[:, : len(weights)] @ weights
+    def above(self, radius: float) -> int:
+        """First mark that does not lie below a radius."""
+        return next((j for j, mark in enumerate(self.marks) if mark >= radius * (1 - 1e-6)), len(self.marks) - 1)
+
+    def share(self, radius: float) -> float:
+        """How far a radius lies between the mark below and the one above it, in (0, 1]."""
+        upper = self.above(radius)
+        below = self.marks[upper - 1] if upper else 0.0
+        share = (radius - below) / (self.marks[upper] - below)
+        return 1.0 if share > 1 - 1e-6 else share
+
+    def offset(self, states: tuple[State | None, State], radius: float) -> Tensor:
+        """Displacement from theta* at a radius, straight between marks, (n, D)."""
+        share, (last, state) = self.share(radius), states
+        if share == 1.0:
+            return state.point.full
+        full = state.point.full * share
+        return full if last is None else full.add_(last.point.full, alpha=1 - share)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        lists: dict[str, Sequence[Tensor]] = {
-            "before": self.before, "means": self.means, "components": self.components, "cores": self.cores,
-        }  # fmt: skip
-        tensors = {f"chain.{name}.{i}": t.contiguous() for name, parts in lists.items() for i, t in enumerate(parts)}
+        tensors = {f"chain.core.{j}": core.contiguous() for j, core in enumerate(self.cores)}
+        for name, gains in (("before", self.before), ("after", self.after)):
+            for j, gain in enumerate(gains):
+                tensors[f"chain.{name}.{j}.inside"] = gain.inside.contiguous()
+                tensors[f"chain.{name}.{j}.outside"] = gain.outside.contiguous()
         return tensors | {
             "chain.theta_star": self.theta_star,
-            "chain.slope": self.stretch.slope,
-            "chain.stretch_radius": torch.tensor(self.stretch.radius, dtype=torch.float64),
             "chain.basis": self.basis,
-            "chain.nodes": torch.tensor(self.nodes, dtype=torch.float64),
-            "chain.marks": torch.tensor(self.marks, dtype=torch.int64),
+            "chain.marks": torch.tensor(self.marks, dtype=torch.float64),
+            "chain.gamma": torch.tensor([self.gamma, self.captured], dtype=torch.float64),
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], probe: Probe) -> Chain:
-        """Inverse of `to_tensors`; the probe comes from the network and the data."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], look: Look) -> Chain:
+        """Inverse of `to_tensors`, also where only the first marks are fitted; the look comes from network and data."""
 
-        def parts(name: str) -> list[Tensor]:
-            count = sum(key.startswith(f"chain.{name}.") for key in tensors)
-            return [tensors[f"chain.{name}.{i}"] for i in range(count)]
+        def gains(name: str) -> list[Gains]:
+            count = sum(key.startswith(f"chain.{name}.") and key.endswith(".inside") for key in tensors)
+            keys = [f"chain.{name}.{j}" for j in range(count)]
+            return [Gains(tensors[f"{key}.inside"], tensors[f"{key}.outside"]) for key in keys]
 
+        count = sum(key.startswith("chain.core.") for key in tensors)
         return cls(
             theta_star=tensors["chain.theta_star"],
-            stretch=Stretch(tensors["chain.slope"], float(tensors["chain.stretch_radius"])),
             basis=tensors["chain.basis"],
-            nodes=tensors["chain.nodes"].tolist(),
             marks=tensors["chain.marks"].tolist(),
-            probe=probe,
-            before=parts("before"),
-            means=parts("means"),
-            components=parts("components"),
-            cores=parts("cores"),
+            gamma=float(tensors["chain.gamma"][0]),
+            look=look,
+            captured=float(tensors["chain.gamma"][1]),
+            before=gains("before"),
+            after=gains("after"),
+            cores=[tensors[f"chain.core.{j}"] for j in range(count)],
         )

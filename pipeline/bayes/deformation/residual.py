@@ -1,10 +1,10 @@
-r"""The default kind: free displacement plus a learned correction in a few directions.
+r"""The default kind: a random direction is carried along the fiber in a few learned steps.
 
-$$\phi(d, r) = \theta^* + (1 + s(r)) \odot r d + U' h(x(d), r)$$
+$$\phi(d, r) = \theta^* + p_r(d) + U' h(x(d), r)$$
 
-d is a random direction, s a share of each coordinate, U an orthonormal basis of the walks' residuals, x what
-`chain` makes of the direction, and h linear in x plus a nonlinear remainder near the selected radius. D x k memory;
-a draw is one normal vector, a few products with U and one forward pass over a fixed sample of training inputs.
+p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the last look saw,
+and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one normal vector, a few products with
+U and a fixed, small number of passes over a fixed sample of training rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import FreeLaw
-from pipeline.bayes.deformation.chain import Chain, Probe
+from pipeline.bayes.deformation.chain import Chain, Look, State
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.errors import InputError
 
@@ -40,24 +40,28 @@ class Residual:
     def draw(self, rng: np.random.Generator, n: int, radius: float | None = None) -> Tensor:
         """Independent draws, (n, D). Raises InputError where no walk was recorded at such a radius."""
         radius = self.radius if radius is None else radius
-        if not 0 < radius <= self.chain.nodes[-1] * (1 + 1e-6):
+        if not 0 < radius <= self.chain.marks[-1] * (1 + 1e-6):
             raise InputError(
-                f"radius must be above 0 and at most {self.chain.nodes[-1]:.4g}, where walks end; got {radius}."
+                f"radius must be above 0 and at most {self.chain.marks[-1]:.4g}, where walks end; got {radius}."
             )
         return self.deform(self.free.directions(rng, n, self.chain.basis.dtype), radius)
 
     def deform(self, directions: Tensor, radius: float) -> Tensor:
         """Points on the fiber for directions (n, D), (n, D)."""
-        inputs = self.chain.inputs(directions, radius)
-        return self.chain.position(directions, self.coefficients(inputs, radius), radius)
+        direction = self.chain.vector(directions)
+        states = self.chain.states(direction, radius)
+        offset = self.chain.offset(states, radius)
+        correction = self.correction(states[1], direction.inside, radius)
+        if correction is not None:
+            offset = torch.addmm(offset, correction, self.chain.basis)
+        return offset + self.chain.theta_star
 
-    def coefficients(self, inputs: Tensor, radius: float) -> Tensor:
-        """h: (n, p) -> (n, k)."""
-        linear = self.chain.coefficients(inputs, radius)
-        if self.remainder is None or inputs.shape[1] < len(self.remainder.center):
-            return linear
+    def correction(self, state: State, inside: Tensor, radius: float) -> Tensor | None:
+        """h: what the remainder adds in the basis, (n, k); None where it is silent."""
+        if self.remainder is None or self.chain.above(radius) != self.chain.above(self.remainder.radius):
+            return None
         weight = self.remainder.weight(radius)
-        return linear + weight * self.remainder(inputs) if weight > 1e-3 else linear
+        return weight * self.remainder(state.inputs(inside)) if weight > 1e-3 else None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
@@ -67,11 +71,11 @@ class Residual:
         return tensors | {"radius": torch.tensor(self.radius, dtype=torch.float64)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], probe: Probe) -> Residual:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], look: Look) -> Residual:
         """Inverse of `to_tensors`."""
         return cls(
             radius=float(tensors["radius"]),
             free=FreeLaw.from_tensors(tensors),
-            chain=Chain.from_tensors(tensors, probe),
+            chain=Chain.from_tensors(tensors, look),
             remainder=Remainder.from_tensors(tensors),
         )

@@ -1,0 +1,74 @@
+"""How far out the deformation draws: tuned by the same rule as the radius of walks and of every control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.bayes.deformation.base import Deformation
+from pipeline.plan import WalkPlan, stream
+from pipeline.run import Run
+from pipeline.stages.comparison import Comparison
+
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
+"""Candidates, relative to the walks' radius."""
+FEW_SHARES = (1.0, 0.5, 0.25)
+"""Where a draw is long."""
+EQUAL = 0.002
+"""Scores that differ by less, relative to 0.5 + the best validation NLL in nats a row, are equal in practice."""
+LONG = 1_000_000
+SPARE = 1.1
+"""The NLL of draws may rise by so much more than that of the walks."""
+
+
+def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choice: dict[str, Any]) -> dict[str, Any]:
+    """Walks reach a radius that a model may not have learned to reach: then it draws nearer to the MAP estimate.
+
+    Classification with validation rows: the largest share of the walks' radius whose validation NLL is as good as the
+    best, within `EQUAL`. Otherwise the largest at which the summed training NLL rises no more than that of the walks
+    does at their radius, or than gamma / 2.
+
+    Returns:
+        {"draw_radius", "draw_radius_curve": [{"radius", "validation_nll" or "nll_rise"}]}
+    """
+    rows = run.dataset.validation
+    by_validation = run.config.data.task == "classification" and len(rows.y) > 0
+    c = Comparison.open(run, plan, {"validation": rows.x} if by_validation else {})
+    shares = SHARES if plan.dim < LONG else FEW_SHARES
+    radii = [share * float(choice["radius"]) for share in shares]
+    curve: list[dict[str, Any]] = []
+    if by_validation:
+        scores = np.array([c.validation_nll(_draws(c, models, radius)) for radius in radii])
+        curve = [{"radius": r, "validation_nll": _finite(s)} for r, s in zip(radii, scores.tolist(), strict=True)]
+        best = float(scores.min())
+        chosen = next(r for r, s in zip(radii, scores, strict=True) if s <= best + EQUAL * (0.5 + abs(best)))
+    else:
+        limit = max(c.gamma / 2, SPARE * _rise_of_walks(choice))
+        for radius in radii:
+            curve.append({"radius": radius, "nll_rise": c.mean_rise(_draws(c, models, radius))})
+            if curve[-1]["nll_rise"] <= limit:
+                break
+        chosen = float(curve[-1]["radius"])
+        curve = [{"radius": p["radius"], "nll_rise": _finite(p["nll_rise"])} for p in curve]
+    return {"draw_radius": chosen, "draw_radius_curve": curve}
+
+
+def _draws(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:
+    """The same random numbers at every radius."""
+    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
+        rng = stream(c.run.config.seed, "deform-radius", start)
+        for first in range(0, share, c.batch()):
+            yield start, models[start].draw(rng, min(c.batch(), share - first), radius)
+
+
+def _rise_of_walks(choice: dict[str, Any]) -> float:
+    """Mean rise of the summed NLL of walks at the chosen radius."""
+    nearest = min(choice["curve"], key=lambda point: abs(point["radius"] - choice["radius"]))
+    return float(nearest["nll_rise"] or 0.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
