@@ -82,11 +82,13 @@ def without_deformation(run: Run, progress: LogProgress) -> None:
     evaluate(run, progress)
 
 
-def complete(path: Path, options: argparse.Namespace) -> bool:
-    """Whether a row is there and has all that is asked for."""
+def complete(path: Path, values: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a row of this configuration is there and has all that is asked for."""
     if not path.exists():
         return False
     row = json.loads(path.read_text(encoding="utf-8"))
+    if row["config"] != json.loads(json.dumps(values)):
+        return False
     return options.no_deformation or "deformation" in row["evaluation"]
 
 
@@ -118,11 +120,12 @@ def advance(case: Case, options: argparse.Namespace, root: Path, work: Path) -> 
     failed: list[str] = []
     for seed in range(case.seeds) if options.seeds is None else [s for s in options.seeds if s < case.seeds]:
         path = work / "rows" / f"{case.name}-{seed}.json"
-        if complete(path, options):
+        values = settings_of(case, seed, root, work, settings)
+        if complete(path, values, options):
             continue
         logging.info("%s, seed %d", case.name, seed)
         try:
-            row = run_case(case, seed, settings_of(case, seed, root, work, settings), options)
+            row = run_case(case, seed, values, options)
         except (InputError, RunError) as error:
             failed.append(f"{case.title}, seed {seed}: {error}")
             logging.error("%s, seed %d failed: %s", case.name, seed, error)
@@ -161,8 +164,10 @@ def main() -> int:
             results.append((case, rows))
             print("\n".join(table(case, rows)), flush=True)
     if results:
-        lines = [*summary(results, failed), *(line for case, rows in results for line in table(case, rows))]
-        print("\n".join(summary(results, failed)), flush=True)
+        present = {case.name for case, _ in results}
+        head = summary(results, failed, [case.title for case in wanted if case.name not in present])
+        lines = [*head, *(line for case, rows in results for line in table(case, rows))]
+        print("\n".join(head), flush=True)
         if options.readme:
             write_readme(Path(options.readme), "\n".join([*lines, made_with([r for _, rows in results for r in rows])]))
     if options.json:

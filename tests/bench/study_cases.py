@@ -106,7 +106,6 @@ def _uci_regression(name: str) -> Callable[[Path, Path, int], dict[str, Any]]:
         data = {"source": source, "task": "regression", "test": _rows(folder, "test.txt", test)}
         return {
             "data": {**data, "validation": _rows(folder, "validation.txt", held)},
-            "prior": {"precision": "auto"},
             "map": {"starts": 5},
             "evaluation": {"draws": 80, "baselines": SMALL},
         }

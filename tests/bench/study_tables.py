@@ -68,8 +68,8 @@ def standing(rows: list[Row]) -> tuple[str, tuple[float, float] | None, str]:
     return best, gap, "within one" if gap[0] <= gap[1] else "within two" if gap[0] <= 2 * gap[1] else "no"
 
 
-def summary(results: list[tuple[Case, list[Row]]], failed: list[str]) -> list[str]:
-    """One line a data set, and the count."""
+def summary(results: list[tuple[Case, list[Row]]], failed: list[str], missing: list[str]) -> list[str]:
+    """One line a data set, the count, and what is not there."""
     heads = ["data set", "seeds", "MAP", "fiber walk", "walk, temperature", "deformation", "ensemble, temperature"]
     heads += ["best of all", "walk − best, paired", "walk is best or within one error"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -87,6 +87,8 @@ def summary(results: list[tuple[Case, list[Row]]], failed: list[str]) -> list[st
     lines += ["", f"The walk is the best of all methods, or within one standard error of the best, on **{good} of "
               f"{len(results)}** data sets (best on {counts['best']}). Test NLL in nats a row, lower is better; mean "
               "over seeds. The error is that of the paired difference over test rows."]  # fmt: skip
+    if missing:
+        lines += ["", f"Not run for this table: {', '.join(missing)}. A dash: not run, or not possible there."]
     if failed:
         lines += ["", "Failed: " + "; ".join(failed) + "."]
     return [*lines, ""]
