@@ -11,7 +11,7 @@ help:
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, pyright and the import rules"
 	@echo "make format    let ruff rewrite what it can"
-	@echo "make bench     time the walk, the store and the deformation models"
+	@echo "make bench     time the walk, Ray, the store and the deformation models"
 	@echo "make study     compare the methods on several data sets (long)"
 	@echo "make campaign  kill runs at random moments and compare what they leave (long)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
@@ -50,6 +50,7 @@ format: $(STAMP)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python tests/bench/bench_walk.py
+	$(BIN)/python tests/bench/bench_scheduler.py
 	$(BIN)/python tests/bench/bench_store.py
 	$(BIN)/python tests/bench/deformation_table.py
 

@@ -89,6 +89,22 @@ class Bench:
         now = self.singles[0].call("rates", CASES[key], walks)
         return {n: (min if n.startswith("seconds") else max)(v, (before or now)[n]) for n, v in now.items()}
 
+    def pair(self) -> dict[str, float]:
+        """What one process for each core gives over one process, for a loop of tanh and nothing else.
+
+        `near` stays in the nearest cache of a core, `shared` is as large as a chunk of walks and lies in a shared one.
+        """
+        found = {}
+        for name, elements in {"near": 1 << 12, "shared": 1 << 20}.items():
+            alone = together = 0.0
+            for _ in range(self.rounds):
+                alone = max(alone, self.singles[0].call("spin", elements, self.seconds))
+                for worker in self.singles:
+                    worker.ask("spin", elements, self.seconds)
+                together = max(together, sum(worker.answer() for worker in self.singles))
+            found[name] = together / alone
+        return found
+
     def scaling(self) -> list[Row]:
         """Seconds of ours against walks, steps and parameters, and the exponent of a straight line in logarithms."""
         worker, banana, lines = self.singles[0], CASES["banana"], []
@@ -218,6 +234,7 @@ def main() -> None:
                 results["rows"] += rows
                 show_case(CASES[key], rows, limits)
         results["scaling"] = bench.scaling() if "scaling" in chosen else []
+        results["pair"] = bench.pair() if arguments.clock == "wall" and len(bench.singles) > 1 else {}
     finally:
         bench.close()
     results["targets"] = targets(results)
@@ -238,6 +255,9 @@ def show_rest(results: dict[str, Any]) -> None:
     for line in results["targets"]:
         met = "met" if line["met"] else "not met"
         table.add_row(line["target"], f"{line['least']:.2f}", f"{line['reached']:.2f}", met)
+    for name, ratio in results["pair"].items():
+        title = f"what the machine gives: {results['settings']['cores']} loops of tanh / one, {name} cache"
+        table.add_row(title, "", f"{ratio:.2f}", "")
     console.print(table)
     told = results["settings"]
     versions = f"torch {told['torch']}, JAX {told['jax']}, posteriors {told['posteriors']}"

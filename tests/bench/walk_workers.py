@@ -106,4 +106,24 @@ def _rates(held: dict, case: Case, walks: int) -> dict[str, float]:
     return rates(case, walks)
 
 
-_CALLS = {"prepare": _prepare, "steps": _steps, "forget": _forget, "peak_memory": _peak_memory, "rates": _rates}
+def _spin(held: dict, elements: int, seconds: float) -> float:
+    """Elements of tanh a second over a buffer of this size, with nothing else: what the machine gives a process."""
+    import torch
+
+    values, out = torch.linspace(-1, 1, elements), torch.empty(elements)
+    repeats, done, began = max(1, (1 << 20) // elements), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(repeats):
+            torch.tanh(values, out=out)
+        done += repeats * elements
+    return done / (time.perf_counter() - began)
+
+
+_CALLS = {
+    "prepare": _prepare,
+    "steps": _steps,
+    "forget": _forget,
+    "peak_memory": _peak_memory,
+    "rates": _rates,
+    "spin": _spin,
+}
