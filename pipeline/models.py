@@ -107,6 +107,8 @@ def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:
     # A forward hook, not a wrapper module: names of parameters stay as the user knows them.
     if hasattr(output, "logits"):
         output = output.logits
+    elif isinstance(output, dict) and "logits" in output:
+        output = output["logits"]
     elif isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output[:, None] if isinstance(output, Tensor) and output.ndim == 1 else output
@@ -203,9 +205,10 @@ def _own(spec: str, schema: DataSchema, outputs: int) -> nn.Module:
             module = function(**_accepted(function, offered))
     except (Exception, SystemExit) as error:
         raise InputError(f"model.architecture: {spec} failed: {cause(error)}") from error
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise InputError(
-            f"model.architecture: {spec} must return a torch.nn.Module, it returned a {type(module).__name__}"
+            f"model.architecture: {spec} must return a torch.nn.Module (not a scripted one), it returned a "
+            f"{type(module).__name__}"
         )
     return module
 

@@ -10,13 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import DataConfig
-from pipeline.data.arrays import Digest, Inputs, Rows, count_rows, map_arrays, select_rows
+from pipeline.data.arrays import Digest, Inputs, Rows, count_rows, map_arrays, named_arrays, select_rows
 from pipeline.data.columns import encode_columns, learn_columns
 from pipeline.data.schema import DataSchema, Part, Parts, check_arrays
 from pipeline.data.sources import Raw, read_source
 from pipeline.data.splits import Splits, split_rows
+from pipeline.data.tables import parquet_shape, refuse_what_does_not_fit
 from pipeline.data.targets import class_targets, number_targets
 from pipeline.errors import InputError
+
+LARGEST = 1e18
+"""Largest size of a feature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +39,14 @@ class Dataset:
 
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Read and prepare all rows of a run. Raises InputError if the data are not fit for it."""
-    raw = read_source(config.source, config.target, "data.source")
-    if raw.y is None:
-        raise InputError(f"data.source: {config.source} has inputs and no targets")
-    x, schema_columns = _inputs(raw, f"data.source: {config.source}")
-    rows = count_rows(x)
-    if raw.y.shape[:1] != (rows,):
-        raise InputError(f"data.source: {config.source} has {rows} rows of inputs and targets of shape {raw.y.shape}")
-    splits = split_rows(config, rows, seed)
-    y, classes = _targets(raw.y, raw, config, splits)
-    parts = _learn_parts(select_rows(x, splits.train), raw.tokens, config.standardize)
-    y_mean, y_std = _target_scale(y[splits.train], config)
+    raw, splits, kept = _read(config, seed)
+    where = f"data.source: {config.source}"
+    x, schema_columns = _inputs(raw, where)
+    _refuse_huge(x, where)
+    at = splits if kept is None else splits.within(kept)
+    y, classes = _targets(_present(raw.y), raw, config, at)
+    parts = _learn_parts(select_rows(x, at.train), raw.tokens, config.standardize)
+    y_mean, y_std = _target_scale(y[at.train], config)
     schema = DataSchema(
         task=config.task,
         parts=parts,
@@ -55,7 +56,35 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         y_mean=y_mean,
         y_std=y_std,
     )
-    return _assemble(config, x, y, splits, schema)
+    return _assemble(config, x, y, splits, at, schema)
+
+
+def _read(config: DataConfig, seed: int) -> tuple[Raw, Splits, np.ndarray | None]:
+    """The source, its splits, and the numbers of the rows that were kept; None if all were."""
+    kind, _, uri = config.source.partition(":")
+    if kind == "parquet":
+        rows, columns = parquet_shape(uri)
+        splits = split_rows(config, rows, seed)
+        kept = np.unique(np.concatenate([splits.train, splits.validation, splits.test]))
+        what = f"{len(kept):,} of {rows:,} rows x {columns} columns x 8 bytes"
+        refuse_what_does_not_fit(len(kept) * columns * 8, what, uri, "data.source")
+        return read_source(config.source, config.target, "data.source", keep=kept), splits, kept
+    raw = read_source(config.source, config.target, "data.source")
+    if raw.y is None:
+        raise InputError(f"data.source: {config.source} has inputs and no targets")
+    if not isinstance(raw.x, pa.Table):
+        check_arrays(raw.x, f"data.source: {config.source}")
+    rows = len(raw.x) if isinstance(raw.x, pa.Table) else count_rows(raw.x)
+    if not rows:
+        raise InputError(f"data.source: {config.source} has no rows")
+    if raw.y.shape[:1] != (rows,):
+        raise InputError(f"data.source: {config.source} has {rows} rows of inputs and targets of shape {raw.y.shape}")
+    return raw, split_rows(config, rows, seed), None
+
+
+def _present(y: np.ndarray | None) -> np.ndarray:
+    assert y is not None  # tables are read with their target, and other sources were asked for it
+    return y
 
 
 def load_inputs(source: str, schema: DataSchema, target: int | str | None = None, setting: str = "--data") -> Inputs:
@@ -84,13 +113,18 @@ def _inputs(raw: Raw, where: str) -> tuple[Inputs, tuple]:
     if isinstance(raw.x, pa.Table):
         columns = learn_columns(raw.x, where)
         return encode_columns(raw.x, columns, where), columns
-    check_arrays(raw.x, where)
-    if count_rows(raw.x) == 0:
-        raise InputError(f"{where} has no rows")
     x = map_arrays(lambda array: array[:, None] if array.ndim == 1 and isinstance(raw.x, np.ndarray) else array, raw.x)
     if isinstance(x, np.ndarray) and x.ndim == 2 and raw.names:
         return x, learn_columns(pa.table({name: x[:1, column] for column, name in enumerate(raw.names)}), where)
     return x, ()
+
+
+def _refuse_huge(x: Inputs, where: str) -> None:
+    """Squares of such numbers overflow in single precision, so that not even their spread can be computed."""
+    for name, array in named_arrays(x):
+        most = max(float(array.max()), -float(array.min())) if array.size and array.dtype.kind == "f" else 0.0
+        if most > LARGEST:
+            raise InputError(f"{where}: {name} holds {most:.3g}; numbers must be at most {LARGEST:g}. Rescale them")
 
 
 def _targets(values: np.ndarray, raw: Raw, config: DataConfig, splits: Splits) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -145,15 +179,17 @@ def _learn_part(array: np.ndarray, tokens: bool, standardize: bool) -> Part:
     return Part(shape, dtype, scale, np.asarray(mean), np.asarray(std))
 
 
-def _assemble(config: DataConfig, x: Inputs, y: np.ndarray, splits: Splits, schema: DataSchema) -> Dataset:
+def _assemble(config: DataConfig, x: Inputs, y: np.ndarray, splits: Splits, at: Splits, schema: DataSchema) -> Dataset:
+    """Rows of the splits: their numbers in the source, and where they stand in x and y."""
     digest = Digest()
     digest.add_text("|".join([config.task, *schema.classes, *(column.name for column in schema.features)]))
     parts: dict[str, Rows] = {}
-    for name, index in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        chosen = select_rows(x, index)
-        for kind, array in (("x", chosen), ("y", y[index]), ("index", index)):
+    for name in ("train", "validation", "test"):
+        index, place = getattr(splits, name), getattr(at, name)
+        chosen, targets = select_rows(x, place), y[place]
+        for kind, array in (("x", chosen), ("y", targets), ("index", index)):
             digest.add(f"{name}.{kind}", array)
-        scaled = y[index] if config.task == "classification" else (y[index] - schema.y_mean) / schema.y_std
+        scaled = targets if config.task == "classification" else (targets - schema.y_mean) / schema.y_std
         parts[name] = Rows(schema.scale(chosen), scaled, index)
     ood: dict[str, Inputs] = {}
     for source in config.ood:

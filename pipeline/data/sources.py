@@ -35,7 +35,9 @@ class Raw:
     """Whether whole numbers in `x` are token numbers, which are never scaled."""
 
 
-def read_source(source: str, target: int | str | None, setting: str, *, held_out: bool = False) -> Raw:
+def read_source(
+    source: str, target: int | str | None, setting: str, *, held_out: bool = False, keep: np.ndarray | None = None
+) -> Raw:
     """Read a source. Raises InputError.
 
     Args:
@@ -43,10 +45,11 @@ def read_source(source: str, target: int | str | None, setting: str, *, held_out
         target: Column of csv and parquet that holds the target; without it, all columns are inputs.
         setting: Configuration field that named the source, for messages.
         held_out: Of idx files with a training and a test part, read the test part only.
+        keep: Sorted numbers of the rows to keep, of a parquet source; None keeps all.
     """
     kind, _, rest = source.partition(":")
     if kind in ("csv", "parquet"):
-        table = read_csv(rest, setting, target) if kind == "csv" else read_parquet(rest, setting)
+        table = read_csv(rest, setting, target) if kind == "csv" else read_parquet(rest, setting, keep)
         return _cut_target(table, target, f"{setting}: {rest}")
     if kind == "sklearn":
         return _sklearn(rest, setting)
@@ -123,16 +126,18 @@ def _python(source: str, setting: str) -> Raw:
         raise InputError(f"{setting}: {source} failed: {cause(error)}") from error
     if not isinstance(result, tuple) or len(result) != 2:
         raise InputError(f"{setting}: {source} must return (x, y), it returned {_kind(result)}")
-    x, y = result
-    if isinstance(x, list):
-        x = np.asarray(x)
-    elif isinstance(x, dict):
-        x = {str(name): np.asarray(array) for name, array in x.items()}
-    elif isinstance(x, tuple):
-        x = tuple(np.asarray(array) for array in x)
-    else:
-        x = np.asarray(x)
-    return Raw(x, None if y is None else np.asarray(y), tokens=True)
+    try:
+        x, y = _arrays(result[0]), None if result[1] is None else np.asarray(result[1])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{setting}: {source} returned what is no array: {cause(error)}") from error
+    return Raw(x, y, tokens=True)
+
+
+def _arrays(x: Any) -> Any:
+    """A mapping or tuple of arrays, or one array."""
+    if isinstance(x, dict):
+        return {str(name): np.asarray(array) for name, array in x.items()}
+    return tuple(np.asarray(array) for array in x) if isinstance(x, tuple) else np.asarray(x)
 
 
 def _kind(value: Any) -> str:

@@ -24,6 +24,10 @@ class Splits:
     validation: np.ndarray
     test: np.ndarray
 
+    def within(self, kept: np.ndarray) -> Splits:
+        """Where the rows stand among the kept ones, whose numbers are sorted."""
+        return Splits(*(np.searchsorted(kept, rows) for rows in (self.train, self.validation, self.test)))
+
 
 def split_rows(config: DataConfig, rows: int, seed: int) -> Splits:
     """Cut `rows` rows into training, validation and test. Raises InputError.

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import cast
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 from fsspec.core import OpenFile
 from pyarrow import csv, parquet
 
 from pipeline.errors import InputError
+from pipeline.machine import machine_memory, readable
 from pipeline.own_code import cause
 
 _MISSING = {"", "na", "nan", "n/a", "null", "none", "?", "#n/a", "-nan"}
 _NULLS = ["", "NA", "NaN", "nan", "N/A", "n/a", "NULL", "null", "#N/A", "-nan"]
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 _SAMPLE_LINES = 50
+_BATCH_ROWS = 16384
+COPIES = 4
+"""Times that the values of a source are held at the peak: as they were read, as features, selected, and scaled."""
+
+
+def refuse_what_does_not_fit(size: int, what: str, uri: str, setting: str) -> None:
+    """Raise InputError with the arithmetic where reading `size` bytes of values needs more memory than there is."""
+    need, have = COPIES * size, machine_memory()
+    if have and need > have:
+        raise InputError(
+            f"{setting}: {uri} does not fit: {what} = {readable(size)}, x {COPIES} copies while they are read, split "
+            f"and scaled = {readable(need)}, and this machine has {readable(have)}. Of a Parquet file only the rows of "
+            "the run are kept: set data.train_rows, and data.validation and data.test as [first, last) rows. Otherwise "
+            "use fewer columns or more memory."
+        )
 
 
 def read_bytes(uri: str, setting: str) -> bytes:
     """Read a file from a path or URI, unpacked if its name ends in .gz, .bz2 or .xz. Raises InputError."""
     try:
+        system, path = fsspec.core.url_to_fs(uri)
+        refuse_what_does_not_fit(int(system.size(path) or 0), "bytes in the file", uri, setting)
         with cast(OpenFile, fsspec.open(uri, "rb", compression="infer")) as file:
             return file.read()
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{setting}: {uri}: no such file") from error
     except IsADirectoryError as error:
@@ -33,14 +56,64 @@ def read_bytes(uri: str, setting: str) -> bytes:
         raise InputError(f"{setting}: {uri} cannot be read: {cause(error)}") from error
 
 
-def read_parquet(uri: str, setting: str = "data.source") -> pa.Table:
-    """Read one Parquet file. Raises InputError."""
-    data = read_bytes(uri, setting)
+@contextlib.contextmanager
+def _parquet(uri: str, setting: str) -> Iterator[parquet.ParquetFile]:
+    """A Parquet file that is read piece by piece. Failures inside the block become one line."""
     try:
-        table = parquet.read_table(pa.BufferReader(data))
+        with cast(OpenFile, fsspec.open(uri, "rb")) as file:
+            opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+            _check_names(opened.schema_arrow.names, f"{setting}: {uri}")
+            yield opened
+    except FileNotFoundError as error:
+        raise InputError(f"{setting}: {uri}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{setting}: {uri} is a folder; name a file in it") from error
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{setting}: {uri} is no Parquet file: {cause(error)}") from error
-    return table.drop_columns([name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)])
+        raise InputError(f"{setting}: {uri} is no Parquet file that can be read: {cause(error)}") from error
+
+
+def parquet_shape(uri: str, setting: str = "data.source") -> tuple[int, int]:
+    """Rows and columns, from the end of the file alone. Raises InputError."""
+    with _parquet(uri, setting) as file:
+        if not file.metadata.num_rows:
+            raise InputError(f"{setting}: {uri} holds no rows")
+        return file.metadata.num_rows, file.metadata.num_columns
+
+
+def read_parquet(uri: str, setting: str = "data.source", keep: np.ndarray | None = None) -> pa.Table:
+    """Read one Parquet file in batches, so that memory holds the kept rows and one batch.
+
+    Args:
+        uri: Path or URI.
+        setting: Configuration field that named it, for messages.
+        keep: Sorted numbers of the rows to keep; None keeps all.
+
+    Raises:
+        InputError: It cannot be read, or holds no rows.
+    """
+    with _parquet(uri, setting) as file:
+        names = [name for name in file.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
+        if not file.metadata.num_rows:
+            raise InputError(f"{setting}: {uri} holds no rows")
+        return pa.Table.from_batches(_kept(file, names, keep), pa.schema([file.schema_arrow.field(n) for n in names]))
+
+
+def _kept(file: parquet.ParquetFile, names: list[str], keep: np.ndarray | None) -> Iterator[pa.RecordBatch]:
+    """The kept rows, batch by batch; row groups without any are not read."""
+    first = 0
+    for group in range(file.num_row_groups):
+        last = first + file.metadata.row_group(group).num_rows
+        if keep is None or np.searchsorted(keep, last) > np.searchsorted(keep, first):
+            row = first
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names):
+                end = row + len(batch)
+                if keep is None:
+                    yield batch
+                else:
+                    inside = keep[np.searchsorted(keep, row) : np.searchsorted(keep, end)]
+                    yield batch.take(pa.array(inside - row))
+                row = end
+        first = last
 
 
 def read_csv(uri: str, setting: str = "data.source", target: int | str | None = None) -> pa.Table:

@@ -19,6 +19,7 @@ from pipeline.build import build_network
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.fitting.job import batch_rows, memory_estimate
+from pipeline.machine import machine_memory, readable
 from pipeline.run import Run
 from pipeline.stages.pilot import MOST_STEPS, WALKS
 from pipeline.stages.sample import AUTO_STEPS, records_per_block
@@ -166,23 +167,6 @@ def refuse_what_does_not_fit(cost: Cost) -> None:
         f"The run does not fit: {what} + driver {readable(cost.driver_bytes)} = {readable(cost.peak_bytes)}, and this "
         f"machine has {readable(cost.machine_bytes)}. {way_out}, or name a cluster with cluster.address."
     )
-
-
-def readable(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def machine_memory() -> int:
-    """Physical memory of this machine in bytes; 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
 
 
 def _actors(config: Config) -> int:
