@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import InputError
@@ -36,9 +38,18 @@ def load_function(spec: str, setting: str) -> Callable[..., Any]:
     return function
 
 
-def off_stdout() -> contextlib.AbstractContextManager[Any]:
-    """Send what the user's code prints to the standard error: the output holds results, which programs read."""
-    return contextlib.redirect_stdout(sys.stderr)
+@contextlib.contextmanager
+def off_stdout(*, show: bool = False) -> Iterator[None]:
+    """Keep what the user's code prints and warns of away from the output, which holds results that programs read.
+
+    With `show` what it printed goes to the standard error once it has succeeded; a refusal stays one line.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    if show:
+        sys.stderr.write(said.getvalue())
 
 
 def cause(error: BaseException) -> str:

@@ -120,7 +120,7 @@ def _npz(uri: str, setting: str) -> Raw:
 def _python(source: str, setting: str) -> Raw:
     function = load_function(source, setting)
     try:
-        with off_stdout():
+        with off_stdout(show=True):
             result = function()
     except (Exception, SystemExit) as error:
         raise InputError(f"{setting}: {source} failed: {cause(error)}") from error
