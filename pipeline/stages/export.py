@@ -133,12 +133,19 @@ def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
     What is not walked (frozen parameters, buffers) belongs to the start.
     """
     import torch
+    from safetensors.torch import load
 
-    from pipeline.build import load_network
-    from pipeline.run import load_run
+    from pipeline.build import build_network, start_folder
+    from pipeline.data.schema import DataSchema
+    from pipeline.run import stored_config
+    from pipeline.storage import Storage
 
-    run, dtype = load_run(run_uri, trust_code=trust_code), getattr(torch, selection.dtype)
-    networks = {start: load_network(run, start, dtype)[0] for start in sorted(set(selection.starts.tolist()))}
+    config, storage = stored_config(run_uri, trust_code=trust_code), Storage.open(run_uri)
+    schema = DataSchema.from_json(storage.read_json("run.json")["data"])  # the data themselves need not be here
+    networks = {}
+    for start in sorted(set(selection.starts.tolist())):
+        networks[start] = build_network(config, schema, start, getattr(torch, selection.dtype))
+        networks[start].module.load_state_dict(load(storage.read(f"{start_folder(start)}/theta.safetensors")))
     chosen = {parameter.name for parameter in selection.parameters}
     complete = len(chosen) == len(next(iter(networks.values())).layout.names)
 

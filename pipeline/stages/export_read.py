@@ -16,7 +16,7 @@ from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.store import SampleStore
 
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 4 * 2**20
 STATS = {name: NUMBERS[name] for name in ("step", "radius", "potential", "nll", "grad_norm", "distance")}
 """Exported beside the parameters, one a point; potential and nll in nats, radius and distance in units of theta."""
 
@@ -169,6 +169,7 @@ def read(store: SampleStore, selection: Selection) -> Iterator[Points]:
             draws = draw_of[records.start : records.stop].reshape(-1)
             if (draws >= 0).any():
                 yield from _block(store, BlockKey(shard.index, block), np.tile(chains, len(records)), draws)
+                pa.default_memory_pool().release_unused()
 
 
 def _block(store: SampleStore, key: BlockKey, chains: np.ndarray, draws: np.ndarray) -> Iterator[Points]:
