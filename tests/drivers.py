@@ -27,6 +27,7 @@ PRELOADED = [
     "workers.trainer",
     "workers.walker",
 ]
+PRELOADED += ["jinja2", "matplotlib.backends.backend_svg", "sklearn.datasets", "torch._dynamo"]  # late, half of a run
 PRELOADED += [f"pipeline.stages.{name}" for name in ("deform", "estimate", "evaluate", "report", "sample", "select")]
 
 
