@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 
 from pipeline.errors import InputError, RunError
 from pipeline.executor import SerialExecutor
+from pipeline.fitting.job import FitJob
 from pipeline.run import Run
 from pipeline.shard import run_shard
+from pipeline.stages.deform import _remove_scratch
 from pipeline.stages.verify import verify
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
@@ -152,6 +155,16 @@ def test_two_drivers_at_once_are_harmless(tmp_path: Path, undisturbed: dict[str,
         thread.join()
     assert contents(run.storage) == undisturbed
     assert verify(run.uri).complete
+
+
+def test_checkpoints_that_two_drivers_remove_at_once_fail_neither(tmp_path: Path):
+    run, job = planned_run(str(tmp_path)), FitJob(0, 1.0, "0" * 64)
+    for turn in range(20):
+        for number in range(30):
+            run.storage.create(f"{job.scratch}/{turn}/{number}", b"checkpoint")
+        with ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(_remove_scratch, run, job) for _ in range(4)]
+        assert [future.result() for future in done] == [None] * 4
 
 
 @pytest.mark.s3

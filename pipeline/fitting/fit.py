@@ -96,9 +96,11 @@ class SerialTeam:
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last checkpoint whose two files belong together."""
-        if not self._run.storage.exists(f"{self._checkpoint}.json"):
+        storage = self._run.storage
+        try:
+            facts, data = storage.read_json(f"{self._checkpoint}.json"), storage.read(self._checkpoint)
+        except FileNotFoundError:  # none yet, or another driver has just finished and removed it
             return None
-        facts, data = self._run.storage.read_json(f"{self._checkpoint}.json"), self._run.storage.read(self._checkpoint)
         return (load(data), facts) if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.stages.draw_radius import choose_draw_radius
 from pipeline.store import SampleStore
 
 __all__ = ["deform", "load_deformation", "train_in_process"]
+log = logging.getLogger("fiberwalk")
 SUMMARY = f"{FOLDER}/deformation.json"
 JUDGED = 128
 """Draws a start whose potential is measured."""
@@ -142,10 +144,14 @@ def summarise(run: Run, radius: float, digest: str, found: list[dict[str, Any]])
 
 
 def _remove_scratch(run: Run, job: FitJob) -> None:
+    """Remove checkpoints. Another driver of the same run may do so at the same moment, or still write there."""
     if run.storage.protocol == "file" or run.storage.list(job.scratch):
         files, base = run.storage.arrow_filesystem()
-        if files.get_file_info(f"{base}/{FOLDER}/train").type != FileType.NotFound:
-            files.delete_dir(f"{base}/{FOLDER}/train")
+        try:
+            if files.get_file_info(f"{base}/{FOLDER}/train").type != FileType.NotFound:
+                files.delete_dir(f"{base}/{FOLDER}/train")
+        except OSError as error:
+            log.info("Checkpoints were not removed (%s): another driver has done it, or the next run will.", error)
 
 
 def _line(facts: dict[str, Any]) -> str:
