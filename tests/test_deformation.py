@@ -343,5 +343,5 @@ def test_what_does_not_fit_into_memory_is_refused_with_its_arithmetic(
 ) -> None:
     have: Callable[[], int] = lambda: 1000  # noqa: E731
     monkeypatch.setattr(stage, "machine_memory", have)
-    with pytest.raises(RunError, match=r"D x \(3 x rank \+ 16\)"):
+    with pytest.raises(RunError, match=r"D x \(3 x rank \+ 40\)"):
         stage.check_memory(iris, 11_000_000)

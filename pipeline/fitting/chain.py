@@ -22,7 +22,7 @@ DOUBLE = 1 << 23
 """Elements up to which sums are taken in double precision."""
 SAVED_OFTEN = 1 << 26
 """Numbers in a basis above which only the finished chain is saved, not every mark."""
-STATE_BYTES = 512 << 20
+STATE_BYTES = 256 << 20
 """Most bytes of states that are kept from mark to mark; beyond it they are computed again."""
 
 

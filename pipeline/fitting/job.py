@@ -103,19 +103,21 @@ def is_held_out(walk: np.ndarray) -> np.ndarray:
 
 
 def memory_estimate(dim: int, rank: int, batch: int, itemsize: int = 4) -> int:
-    """Bytes that one worker of a fit holds at most: D (3 k + 16) numbers, 4 batch D for rows, and `HELD_BYTES`.
+    """Bytes that one worker of a fit holds at most: D (3 k + 40) numbers, 4 batch D for rows, and `KEPT_BYTES`.
 
-    The sketch holds 2 D (k + 8) and the basis made from it D k; training holds less. What is kept of the walks
-    (coefficients and inputs, no positions) is bounded by `HELD_BYTES`, whatever their number.
+    The sketch holds 2 D (k + 8) and the basis made from it D k; a step along the chain 24 D. What is kept of the walks
+    is bounded by `KEPT_BYTES`, whatever their number.
     """
     from pipeline.bayes.deformation.basis import OVERSAMPLING
 
     columns = min(dim, rank + OVERSAMPLING)
-    return dim * itemsize * (2 * columns + min(dim, rank) + 4 * batch) + HELD_BYTES
+    return dim * itemsize * (2 * columns + min(dim, rank) + 24 + 4 * batch) + KEPT_BYTES
 
 
-HELD_BYTES = 1 << 30
-"""Most bytes of projected coefficients and inputs that one worker holds; further walks are left out of the fit."""
+HELD_BYTES = 256 << 20
+"""Most bytes of coordinates in the basis that one worker holds; further walks are left out of the fit."""
+KEPT_BYTES = 4 * HELD_BYTES
+"""Coordinates, and as much each for rows, directions and states that are kept instead of being made again."""
 
 
 def batch_rows(dim: int) -> int:

@@ -20,7 +20,7 @@ MARKS = 4
 BEYOND = 2
 """Further looks, for draws beyond the selected radius."""
 CACHE_BYTES = 256 << 20
-KEEP_BYTES = 512 << 20
+KEEP_BYTES = 256 << 20
 COLUMNS = ["walk", "radius", "potential", "status", "theta"]
 
 

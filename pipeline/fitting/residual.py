@@ -60,8 +60,9 @@ def fit_residual(
     if found is None:
         slopes = fit_slopes(team, walks, selected)
         rng = stream(run.config.seed, "deform-basis", job.start)
-        basis, captured = fit_basis(team, walks, slopes, theta_star, rank, rng)
-        basis = towards_curvature(problem, basis, rank, rows)
+        known = problem.curvature.vectors.detach().to("cpu", dtype).reshape(-1, plan.dim)[: rank // 2]
+        basis, captured = fit_basis(team, walks, slopes, theta_star, rank - len(known), rng)
+        basis = towards_curvature(problem, known, basis, rows)
         chain, squares = Chain(theta_star, basis, marks, float(problem.curvature.gamma), look, captured), []
     else:
         chain, squares = Chain.from_tensors(found[0], look), [list(map(float, s)) for s in found[1]["squares"]]
@@ -138,25 +139,23 @@ def fit_basis(
     return leading_basis(sketch, rank).to(theta_star), float(held / energy[0].clamp_min(1e-300))
 
 
-def towards_curvature(problem: Problem, basis: Tensor, rank: int, rows: Tensor) -> Tensor:
-    """Half of the basis at most from the curvature at theta*, the rest from the walks; turned to its eigenvectors.
+def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+    """Curvature directions at theta*, `known`, and those of the walks, turned to the eigenvectors of the curvature.
 
     Gains of each direction are step sizes, so directions must not mix curvatures. Where Gauss-Newton products would
     take too long the directions stay as they are.
     """
-    known = problem.curvature.vectors.detach().to("cpu", basis.dtype).reshape(-1, basis.shape[1])[: rank // 2]
     if len(known):
-        known = orthonormalise_(known.T.contiguous()).T
-        basis = join_bases(known, basis)[:rank].contiguous()
+        basis = join_bases(orthonormalise_(known.T.contiguous()).T, basis)
     if len(rows) * basis.shape[1] * len(basis) > PRODUCT_WORK:
-        return basis
-    whole = problem.potential
+        return basis.contiguous()
+    whole, star = problem.potential, problem.theta_star.detach()
     part = Potential(
         whole.network, whole.likelihood, whole.precision, take_rows(whole.x, rows), whole.y[rows.to(whole.y.device)]
     )
-    there, few = basis.to(problem.theta_star), max(1, (32 << 20) // basis.shape[1])
-    product = torch.cat([part.gauss_newton(problem.theta_star.detach(), v) for v in there.split(few)])
-    inner = (product.detach().cpu().double() @ basis.T.double()).nan_to_num()
+    few = max(1, (4 << 20) // basis.shape[1])
+    products = (part.gauss_newton(star, v.to(star)).detach().to(basis) for v in basis.split(few))
+    inner = torch.cat([product @ basis.T for product in products]).double().nan_to_num()
     _, turn = torch.linalg.eigh((inner + inner.T) / 2)
     return (turn.flip(1).T.to(basis) @ basis).contiguous()
 

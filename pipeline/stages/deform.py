@@ -86,7 +86,7 @@ def check_memory(run: Run, dim: int) -> None:
     have = machine_memory()
     if have and need > have:
         raise RunError(
-            f"The deformation needs {need / 2**30:.1f} GiB a worker (D x (3 x rank + 16) x 4 bytes and 1 GiB, "
+            f"The deformation needs {need / 2**30:.1f} GiB a worker (D x (3 x rank + 40) x 4 bytes and 1 GiB, "
             f"D = {dim}, rank = {settings.rank}), this machine has {have / 2**30:.1f} GiB. Lower "
             "deformation.rank, or set deformation.kind: none."
         )
