@@ -76,7 +76,8 @@ def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
 
             def restore(self) -> tuple[dict, dict] | None:
                 found = super().restore()
-                (marks / f"restored-{self.rank}-{found[1]['step'] if found else 0}").touch()
+                done = len(found[1]["squares"]) + found[1]["step"] if found else 0
+                (marks / f"restored-{self.rank}-{done}").touch()
                 return found
 
         trainer.RayTeam = Watched
