@@ -73,7 +73,7 @@ def likelihood_of(config: Config, schema: DataSchema, noise_std: float | None) -
     return {
         "categorical": lambda: Categorical(len(schema.classes)),
         "bernoulli": Bernoulli,
-        "heteroscedastic": Heteroscedastic,
+        "heteroscedastic": lambda: Heteroscedastic() if config.data.standardize else Heteroscedastic(floor=1e-12),
     }[kind]()
 
 

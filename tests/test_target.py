@@ -62,6 +62,13 @@ def test_the_root_of_the_curvature_squares_to_it(likelihood, columns):
     assert torch.allclose(roots @ roots.mT, product, atol=1e-12)
 
 
+def test_a_target_that_is_met_exactly_does_not_make_the_likelihood_unbounded():
+    outputs = torch.tensor([[0.3, -1000.0], [0.3, 1000.0]], dtype=torch.float64)
+    nll = Heteroscedastic().nll(outputs, torch.tensor([0.3, 0.3], dtype=torch.float64))
+    bound = 0.5 * float(np.log(2 * np.pi * 1e-4))
+    assert nll[0] == pytest.approx(bound) and nll[1] == pytest.approx(500 + 0.5 * float(np.log(2 * np.pi)))
+
+
 def test_gauss_newton_is_the_hessian_of_a_linear_model():
     potential = linear_regression(20, 6)
     theta = torch.ones(6, dtype=torch.float64)

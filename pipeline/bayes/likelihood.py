@@ -150,20 +150,31 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Heteroscedastic:
-    """The network gives the mean and the logarithm of the noise variance (Nix and Weigend 1994)."""
+    """The network gives the mean and the logarithm of the noise variance (Nix and Weigend 1994), above a floor.
+
+    Without the floor the likelihood has no bound: a network that meets a target exactly can claim any precision there.
+    """
+
+    floor: float = 1e-4
+    """Added to the variance that the network gives, in squared units of the (standardised) target."""
 
     @property
     def columns(self) -> int:
         """Mean and log-variance."""
         return 2
 
+    def log_variance(self, outputs: Tensor) -> Tensor:
+        """Logarithm of the variance with its floor."""
+        low = math.log(self.floor)
+        return low + functional.softplus(outputs[..., 1] - low)
+
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Gaussian negative log density of each row."""
-        mean, log_variance = outputs.unbind(-1)
+        mean, log_variance = outputs[..., 0], self.log_variance(outputs)
         return 0.5 * ((mean - y).square() * (-log_variance).exp() + log_variance + LOG_2PI)
 
     def curvature_product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
-        """Fisher information: diag(exp(-s), 1/2) v."""
+        """Fisher information: diag(1 / v, (dv / ds / v)^2 / 2) v."""
         return tangent * self._fisher(outputs)
 
     def curvature_root(self, outputs: Tensor, noise: Tensor) -> Tensor:
@@ -172,10 +183,8 @@ class Heteroscedastic:
 
     def predict(self, outputs: Tensor) -> Prediction:
         """Mean and noise variance."""
-        mean, log_variance = outputs.unbind(-1)
-        return Prediction(mean=mean, variance=log_variance.exp())
+        return Prediction(mean=outputs[..., 0], variance=self.log_variance(outputs).exp())
 
-    @staticmethod
-    def _fisher(outputs: Tensor) -> Tensor:
-        log_variance = outputs[..., 1]
-        return torch.stack([(-log_variance).exp(), torch.full_like(log_variance, 0.5)], dim=-1)
+    def _fisher(self, outputs: Tensor) -> Tensor:
+        share = (outputs[..., 1] - math.log(self.floor)).sigmoid()
+        return torch.stack([(-self.log_variance(outputs)).exp(), 0.5 * share.square()], dim=-1)

@@ -55,16 +55,19 @@ def _gaussian(likelihood: Gaussian, y: Tensor, dtype: torch.dtype) -> Loss:
 
 
 def _heteroscedastic(likelihood: Heteroscedastic, y: Tensor, dtype: torch.dtype) -> Loss:
-    target = y.to(dtype)
+    target, low = y.to(dtype), math.log(likelihood.floor)
 
     def loss(outputs: Tensor, nll: Tensor) -> None:
-        mean, log_variance = outputs[:, 0], outputs[:, 1]
+        mean, raw = outputs[:, 0], outputs[:, 1]
+        share = (raw - low).sigmoid_()  # of the network in the variance; the rest is the floor
+        log_variance = functional.softplus(raw - low).add_(low)
         error = mean - target
         slope = (-log_variance).exp_().mul_(error)
         scaled = slope * error
         nll.copy_((scaled + log_variance).sum(1).add_(len(y) * LOG_2PI).mul_(0.5))
         mean.copy_(slope)
-        torch.sub(0.5, scaled, alpha=0.5, out=log_variance)
+        torch.sub(0.5, scaled, alpha=0.5, out=raw)
+        raw.mul_(share)
 
     return loss
 
