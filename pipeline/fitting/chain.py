@@ -209,7 +209,7 @@ def _fit_point(team: Team, walks: Walks, chain: Chain, states: States, found: Fi
     inputs = _inputs(chain, drift, point, inside[-2])
     if not known:
         core = _core(team, walks.held, inputs, target - point)
-        chain.cores.append(core.to(chain.basis))
+        chain.cores.append(core.to(chain.basis).contiguous())
     point = point + inputs @ chain.cores[mark]
     left = target - point
     if not known:

@@ -173,6 +173,9 @@ class Chain:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], look: Look) -> Chain:
         """Inverse of `to_tensors`, also where only the first marks are fitted; the look comes from network and data."""
+        # Views into a file lie anywhere in memory, and products of matrices round by alignment: a fit that goes on from
+        # a checkpoint would end with other bits.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("chain.")}
 
         def gains(name: str) -> list[Gains]:
             count = sum(key.startswith(f"chain.{name}.") and key.endswith(".inside") for key in tensors)
