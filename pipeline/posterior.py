@@ -5,7 +5,7 @@ two columns and there are two classes; `--trust-code` on the command line is `tr
 
 >>> from pipeline.posterior import Posterior
 >>> posterior = Posterior.load(run_uri, trust_code=True)
->>> theta = posterior.draw(100, seed=1)  # one forward pass of the deformation model
+>>> theta = posterior.draw(100, seed=1)  # one pass of the deformation model
 >>> tuple(theta.shape) == (100, posterior.dim)
 True
 >>> mean, aleatoric, epistemic = posterior.predict([[0.5, -0.2], [9.0, 9.0]])  # x as it was before standardisation
