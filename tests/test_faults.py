@@ -94,6 +94,13 @@ def test_the_shards_of_a_lost_node_go_elsewhere(
     assert contents(run.storage) == undisturbed
 
 
+@pytest.mark.ray
+def test_actors_without_room_hold_nobody_up(pool: Any, tmp_path: Path, undisturbed: dict[str, str]):
+    run = planned_run(str(tmp_path), actors=6)  # the cluster has room for four
+    walk(run, pool(run), slowly)
+    assert contents(run.storage) == undisturbed
+
+
 def slowly(run: Run, shard: Any) -> Iterator[Any]:
     for event in run_shard(run, shard):
         time.sleep(0.2)

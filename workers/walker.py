@@ -95,7 +95,8 @@ class RayExecutor:
         began, finished = time.monotonic(), 0
         complete = False
         try:
-            while queue or any(member.calls for member in self._members):
+            # An actor for which there is no room may never be ready: nobody waits for it once the work is done.
+            while queue or any(work is not _READY for member in self._members for _, work in member.calls):
                 short = finished >= 2 and (time.monotonic() - began) * len(self._members) / finished < _SHORT
                 self._fill(function, queue, 2 if short else 1)
                 for member in self._wait():
