@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +35,7 @@ from pipeline.plan import BlockKey, Shard, WalkPlan, stream
 from pipeline.run import Run
 from pipeline.store import SampleBlock, SampleStore
 
+_WRITER_NICENESS = 19
 TILT_MARGIN = 4.0
 """The guard's limit in units of gamma for tilted walks, whose endpoints lie about gamma / 2 above the minimum."""
 
@@ -62,7 +67,7 @@ def run_shard(run: Run, shard: Shard) -> Iterator[BlockReport]:
     problem = load_problem(run, shard.start, plan)
     kernel = build_kernel(run, plan, problem, shard)
     state: WalkState | None = None
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as writer:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit", initializer=_give_way) as writer:
         pending: tuple[Future[bool], BlockReport] | None = None
         for number in missing:
             if state is None or number - 1 in committed:
@@ -77,6 +82,16 @@ def run_shard(run: Run, shard: Shard) -> Iterator[BlockReport]:
         if pending is not None:
             pending[0].result()
             yield pending[1]
+
+
+def _give_way() -> None:
+    """Lower the priority of this thread and of those it starts: encoding takes the time that walking leaves.
+
+    A walk that waits for its last block leaves all of it, so the writer never starves.
+    """
+    if sys.platform == "linux":  # elsewhere the call would change the whole process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WRITER_NICENESS)
 
 
 def build_kernel(run: Run, plan: WalkPlan, problem: Problem, shard: Shard) -> WalkKernel:
@@ -129,13 +144,16 @@ def walk_block(
     """Advance all walks through the records of one block; returns it and how many walks went back to a record."""
     parts: list[dict[str, np.ndarray]] = []
     gone_back = 0
-    for _ in plan.records_in_block(key.block):
+    records = plan.records_in_block(key.block)
+    theta = np.empty((len(records), *state.position.shape), dtype=plan.dtype)  # filled in place: a block may be large
+    for positions in theta:
         for _ in range(plan.record_every):
             advance(kernel, state)
         secure(state)
         info = measure_record(plan, problem, state)
         gone_back += int(state.halved.sum())
         parts.append(_columns(plan, state, info))
+        np.copyto(positions, state.position.cpu().numpy())
         set_anchor(state, info.nll)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     walks = np.arange(shard.first_walk, shard.first_walk + shard.walks, dtype=np.int32)
@@ -144,6 +162,7 @@ def walk_block(
         key=key,
         walk=np.tile(walks, len(parts)),
         start=np.full(rows, shard.start, dtype=np.int16),
+        theta=theta.reshape(rows, -1),
         momentum=None if state.momentum is None else state.momentum.cpu().numpy().copy(),
         **joined,  # pyright: ignore[reportArgumentType]
     )
@@ -178,7 +197,6 @@ def _columns(plan: WalkPlan, state: WalkState, info: WalkInfo) -> dict[str, np.n
         "distance": info.distance.float().cpu().numpy(),
         "step_size": state.step_size.cpu().numpy().copy(),
         "status": status.astype(object),
-        "theta": state.position.cpu().numpy().copy(),
     }
 
 
