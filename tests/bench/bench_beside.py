@@ -124,7 +124,7 @@ def main() -> None:
         for walkers in options.walkers:
             rows.append(measure(run, walkers, options.rounds))
             print(
-                "{walkers} walker(s), {MB_per_s:.0f} MB/s: {bare_s:.2f} s without, {stored_s:.2f} s with the store; cost "
+                "{walkers} walker(s), {MB_per_s:.0f} MB/s: {bare_s:.2f} s without, {stored_s:.2f} s with the store, "
                 "{cost_of_medians:+.1%} by medians, {cost_mean:+.1%} +- {cost_error:.1%} by pairs".format(**rows[-1])
             )
     if options.json:
