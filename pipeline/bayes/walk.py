@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ SMALLEST_STEP = 2.0**-20
 """A walk whose step size was halved below this share of the first one is marked diverged."""
 RECOVERY = 1.05
 """Growth of a halved step size at each quiet step."""
+REACH = 4.0
+"""Longest move of one correction under the guard, in drifts of one step. At rest on the fiber a correction undoes the
+stiff part of the drift and is no longer than it; a longer one is a step size too large for the curvature met there."""
 JUMP = 10.0
 """A rise this many times above the guard's limit and the last rise is a jump: the walk goes back to its last record."""
 
@@ -54,6 +58,11 @@ class WalkKernel:
     """Rise of the summed NLL above which the guard acts, in nats; None switches the guard off."""
     tilt: Tensor | None = None
     """Linear tilt b of the potential at the end of the walk, (W, D), in nats per unit."""
+
+    @cached_property
+    def drift_length(self) -> Tensor:
+        """Length of the drift of one step, (W,)."""
+        return self.drift.norm(dim=1)
 
 
 @dataclass
@@ -185,9 +194,9 @@ def init(kernel: WalkKernel) -> WalkState:
 def advance(kernel: WalkKernel, state: WalkState) -> None:
     """One step of every walk: drift, then correct. Updates the state in place.
 
-    The guard (when `kernel.limit` is set): a walk that lies above the limit does not drift; if it also rose since the
-    last evaluation, its momentum is zeroed and its step size halved. A walk that jumped or is not finite goes back to
-    its last record with half the step size.
+    The guard (when `kernel.limit` is set): a walk that lies above the limit does not drift; if it still rose since the
+    last evaluation, its momentum is zeroed and its step size halved. No correction moves a walk further than `REACH`
+    drifts; one that would is shortened, and the step size halved. A walk that jumped or is not finite goes back to its last record with half the step size.
     """
     moving = ~state.diverged & (state.drifts < kernel.steps)
     if kernel.limit is not None:
@@ -209,11 +218,20 @@ def advance(kernel: WalkKernel, state: WalkState) -> None:
         change = kernel.correction(gradient)
         change *= state.step_size.to(change.dtype)[:, None]
         if state.momentum is None:
-            state.position -= change
+            state.position -= _within_reach(kernel, state, change)
         else:
             state.momentum.mul_(kernel.momentum).sub_(change)
-            state.position += state.momentum
+            state.position += _within_reach(kernel, state, state.momentum)
     state.step += 1
+
+
+def _within_reach(kernel: WalkKernel, state: WalkState, move: Tensor) -> Tensor:
+    """Shorten moves that no drift explains, in place, and halve the step size: a kick would leave the fiber for good."""
+    if kernel.limit is None:
+        return move
+    length, reach = move.norm(dim=1), REACH * kernel.drift_length
+    state.step_size = torch.where(length > reach, state.step_size * 0.5, state.step_size)
+    return move.mul_((reach / length).clamp_max(1.0)[:, None])
 
 
 def set_anchor(state: WalkState, nll: Tensor) -> None:
@@ -245,7 +263,9 @@ def _lost(kernel: WalkKernel, state: WalkState, nll: Tensor) -> Tensor:
 def _control_step_size(kernel: WalkKernel, state: WalkState, nll: Tensor) -> None:
     if kernel.limit is None:
         return
-    worse = (nll - kernel.nll_star > kernel.limit) & (nll > state.nll)
+    # A walk that was above the limit did not drift: only its correction can have raised it further.
+    above = kernel.nll_star + kernel.limit
+    worse = (nll > state.nll) & (state.nll > above)
     quiet = (state.step_size * RECOVERY).clamp_max(1.0)
     state.step_size = torch.where(worse, state.step_size * 0.5, quiet)
     if state.momentum is not None:
