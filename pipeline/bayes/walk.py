@@ -196,7 +196,8 @@ def advance(kernel: WalkKernel, state: WalkState) -> None:
 
     The guard (when `kernel.limit` is set): a walk that lies above the limit does not drift; if it still rose since the
     last evaluation, its momentum is zeroed and its step size halved. No correction moves a walk further than `REACH`
-    drifts; one that would is shortened, and the step size halved. A walk that jumped or is not finite goes back to its last record with half the step size.
+    drifts; one that would is shortened, and the step size halved. A walk that jumped or is not finite goes back to its
+    last record with half the step size.
     """
     moving = ~state.diverged & (state.drifts < kernel.steps)
     if kernel.limit is not None:
@@ -226,7 +227,7 @@ def advance(kernel: WalkKernel, state: WalkState) -> None:
 
 
 def _within_reach(kernel: WalkKernel, state: WalkState, move: Tensor) -> Tensor:
-    """Shorten moves that no drift explains, in place, and halve the step size: a kick would leave the fiber for good."""
+    """Shorten moves that no drift explains, in place, and halve their step size: a kick leaves the fiber for good."""
     if kernel.limit is None:
         return move
     length, reach = move.norm(dim=1), REACH * kernel.drift_length
