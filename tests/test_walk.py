@@ -155,6 +155,24 @@ def test_the_guard_keeps_a_walk_below_its_limit_and_pauses_the_drift():
     assert (guarded.drifts < 50).any() and (free.drifts == 50).all()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_guard_leaves_a_stable_walk_as_it_is_and_shortens_the_kicks_of_an_unstable_one(momentum):
+    potential = linear_regression(40, 4)
+    star = quadratic_minimum(potential)
+    eta = 0.3 / float(torch.linalg.eigvalsh(hessian(potential, star))[-1])
+    drift = LENGTH * directions(16, 4)
+    free, guarded = (
+        walk(potential, star, drift, 100, step_size=eta, momentum=momentum, limit=limit) for limit in (None, 1e9)
+    )
+    assert torch.equal(free.position, guarded.position) and (guarded.step_size == 1).all()
+
+    kicked, held = (
+        walk(potential, star, drift, 100, step_size=30 * eta, momentum=momentum, limit=limit) for limit in (None, 1e9)
+    )
+    assert not ((kicked.position - star).norm(dim=1) < 100 * LENGTH).any()
+    assert ((held.position - star).norm(dim=1) < LENGTH).all()
+
+
 def test_a_walk_that_jumps_goes_back_to_its_record_and_one_that_cannot_be_saved_is_marked():
     potential = linear_regression(40, 4)
     star = quadratic_minimum(potential)
