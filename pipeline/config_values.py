@@ -189,8 +189,10 @@ def source(value: Any) -> Any:
     """kind:place, of a known kind and without credentials."""
     kind, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind not in SOURCES or not colon or not rest:
+        ending = value.rpartition(".")[2].lower() if isinstance(value, str) else ""
+        hint = f" (did you mean {ending}:{value}?)" if ending in ("csv", "parquet", "npz") and not colon else ""
         raise ValueError(
-            "must be sklearn:NAME, csv:URI, parquet:URI, npz:URI, idx:URI_PREFIX or python:MODULE:FUNCTION"
+            f"must be sklearn:NAME, csv:URI, parquet:URI, npz:URI, idx:URI_PREFIX or python:MODULE:FUNCTION{hint}"
         )
     if kind == "python" and rest.count(":") != 1:
         raise ValueError("must be python:MODULE:FUNCTION")
@@ -204,7 +206,7 @@ def architecture(value: Any) -> Any:
         if value.count(":") != 2:
             raise ValueError("must be python:MODULE:FUNCTION")
         return value
-    near = nearest(str(value), ARCHITECTURES)
+    near = f"python:{value}" if str(value).count(":") == 1 else nearest(str(value), ARCHITECTURES)
     if value not in ARCHITECTURES:
         hint = f" (did you mean {near}?)" if near else ""
         raise ValueError(f"must be one of {', '.join(ARCHITECTURES)} or python:MODULE:FUNCTION{hint}")

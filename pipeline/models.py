@@ -115,7 +115,7 @@ def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _built_in(model: ModelConfig, schema: DataSchema, outputs: int) -> nn.Module:
-    if not isinstance(schema.parts, Part) or schema.parts.dtype == "int64":
+    if not isinstance(schema.parts, Part) or schema.parts.dtype in ("int64", "bool"):
         raise InputError(
             f"model.architecture: {model.architecture} takes one array of numbers, the data have "
             f"{schema.input_shape} of token numbers or several arrays; name your own network as python:MODULE:FUNCTION"

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pipeline.bayes.attention import plain_attention
+from pipeline.bayes.params import Network
+from pipeline.bayes.trees import leaves, row_count, take_rows, to_tensors
 from pipeline.data.arrays import map_arrays
 from pipeline.data.schema import DataSchema, Part
 from pipeline.errors import InputError
 from pipeline.own_code import cause, off_stdout
 
+_TRIED = 16
+"""Rows of every split on which a user's own network is tried."""
 _SAME = 1e-4
 """Relative difference up to which two outputs count as the same in float32."""
 
@@ -40,7 +45,8 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
             random, or cannot be differentiated.
     """
     _check_layers(module, where)
-    example = map_arrays(_example, schema.parts)
+    known = schema.example is not None
+    example = to_tensors(schema.example) if known else map_arrays(_example, schema.parts)
     rows = f"rows of shape {schema.input_shape}"
     first = _call(module, example, where, rows)
     if not isinstance(first, Tensor) or tuple(first.shape) != (2, outputs):
@@ -53,6 +59,37 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
             raise InputError(f"{where}: {name} begins with values that are not finite")
     _check_repeats(module, example, first, where, rows)
     _check_slope(module, example, where)
+
+
+def check_rows(network: Network, x: Any, where: str, what: str) -> None:
+    """Try a network on the first rows, and on those with the smallest and largest token numbers.
+
+    Args:
+        network: It, at the values to try.
+        x: Arrays with rows first.
+        where: Setting that named the network, for messages.
+        what: What the rows are, for messages.
+
+    Raises:
+        InputError: It fails on some row, such as a token number beyond its table, or gives what is not finite.
+    """
+    theta = network.theta()
+    rows, tokens = set(range(min(row_count(x), _TRIED))), []
+    for leaf in leaves(x) if row_count(x) else ():
+        if leaf.dtype.kind in "iu" and leaf.size:
+            flat = leaf.reshape(len(leaf), -1)
+            rows |= {int(flat.max(axis=1).argmax()), int(flat.min(axis=1).argmin())}
+            tokens.append(f"{flat.min()} to {flat.max()}")
+    for row in sorted(rows):
+        try:
+            with torch.no_grad(), off_stdout():
+                part = to_tensors(take_rows(x, slice(row, row + 1)), network.dtype, network.device)
+                outputs = network.outputs(theta, part)
+        except (RuntimeError, IndexError, ValueError) as error:
+            held = f"; token numbers there go from {', '.join(tokens)}" if tokens else ""
+            raise InputError(f"{where} does not take {what} row {row}: {cause(error)}{held}") from error
+        if not torch.isfinite(outputs).all():
+            raise InputError(f"{where} gives outputs that are not finite for {what} row {row}")
 
 
 def _check_layers(module: nn.Module, where: str) -> None:
@@ -74,16 +111,16 @@ def _check_layers(module: nn.Module, where: str) -> None:
 
 
 def _example(part: Part) -> Tensor:
-    """Two different rows of small numbers, or of token 0."""
-    if part.dtype == "int64":
-        return torch.zeros((2, *part.shape), dtype=torch.int64)
+    """Two different rows of small numbers, or of token 1 and masks that hide nothing."""
+    if part.dtype != "float32" and part.dtype != "float64":
+        return torch.ones((2, *part.shape), dtype=getattr(torch, part.dtype))
     return torch.randn((2, *part.shape), generator=torch.Generator().manual_seed(0))
 
 
 def _call(module: nn.Module, x: Any, where: str, what: str) -> Tensor:
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with torch.no_grad(), off_stdout():
+        with torch.no_grad(), off_stdout(), plain_attention():
             result = call_module(module, x)
     except (Exception, SystemExit) as error:
         raise InputError(f"{where} does not take {what}: {cause(error)}") from error
@@ -114,7 +151,7 @@ def _check_slope(module: nn.Module, example: Any, where: str) -> None:
     free = [parameter for parameter in module.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with torch.enable_grad(), off_stdout():
+        with torch.enable_grad(), off_stdout(), plain_attention():
             found = torch.autograd.grad(call_module(module, example).sum(), free, allow_unused=True)
     except RuntimeError as error:
         raise InputError(f"{where} cannot be differentiated by its parameters: {cause(error)}") from error

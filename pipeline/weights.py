@@ -46,6 +46,8 @@ def _read(uri: str) -> dict[str, Tensor]:
             data = file.read()
     except FileNotFoundError as error:
         raise InputError(f"model.weights: {uri}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"model.weights: {uri} is a folder; name a .safetensors file in it") from error
     except Exception as error:
         raise InputError(f"model.weights: {uri} cannot be read: {cause(error)}") from error
     try:

@@ -32,6 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import torch\n"
         "def nothing():\n    return None\n"
         "def wide():\n    return torch.nn.Linear(2, 9)\n"
+        "def tokens():\n    return {'ids': torch.arange(80).numpy().reshape(40, 2)}, torch.arange(40).numpy() % 2\n"
+        "class table(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.e = torch.nn.Embedding(79, 2)\n    def forward(self, ids):\n        return self.e(ids).sum(1)\n"
         "def breaks():\n    raise RuntimeError('first line\\nsecond line')\n"
         "def numbers():\n    return torch.zeros(40, 2).numpy(), torch.zeros(40).numpy()\n"
     )
@@ -78,6 +81,17 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
         (["model.parameters=nothing_like_it"], ["model.parameters", "nothing_like_it"]),
         (["prior.precision={nothing_like_it: 1}"], ["prior.precision"]),
         (["data.source=python:own_bad_input:numbers", "data.target=null"], ["one class only"]),
+        (
+            [
+                "data.source=python:own_bad_input:tokens",
+                "data.target=null",
+                "model.architecture=python:own_bad_input:table",
+            ],
+            ["model.architecture", "does not take", "index out of range"],
+        ),
+        (["data.source=good.csv"], ["did you mean csv:good.csv?"]),
+        (["model.architecture=own_bad_input:wide"], ["did you mean python:own_bad_input:wide?"]),
+        (["model.weights=."], ["model.weights", "is a folder"]),
         (["storage=s3://me:hunter2@bucket/runs"], ["storage", "credentials"]),
     ],
     ids=lambda value: value[0] if value and "=" in value[0] else "",

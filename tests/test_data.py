@@ -231,6 +231,20 @@ class TestOtherSources:
         assert set(np.unique(data.train.y)) == set(range(len(data.schema.classes)))
         assert "not known" in refused(source=f"sklearn:{name}x")
 
+    def test_a_mask_beside_token_numbers_stays_a_mask(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Scaled to numbers, `~mask` and masked attention would silently mean something else."""
+        (tmp_path / "own_masked.py").write_text(
+            "import numpy as np\n\n\ndef get():\n    ids = np.arange(60).reshape(20, 3)\n"
+            "    return {'ids': ids, 'mask': ids % 5 > 0}, np.arange(20) % 2\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        data = load(source="python:own_masked:get")
+        assert isinstance(data.train.x, dict) and data.train.x["mask"].dtype == bool
+        assert isinstance(data.schema.parts, dict) and data.schema.parts["mask"].dtype == "bool"
+        np.testing.assert_array_equal(data.train.x["mask"], data.train.x["ids"] % 5 > 0)
+        with pytest.raises(InputError, match="must hold a mask"):
+            data.schema.encode({"ids": np.ones((2, 3), int), "mask": np.ones((2, 3), int)})
+
     def test_python(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "mine_data.py").write_text(
             "import numpy as np\n"

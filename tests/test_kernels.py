@@ -450,7 +450,7 @@ x = torch.randn(30_000, 4, generator=generator)
 network = Network(nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 3)))
 theta = network.theta() + 0.1 * torch.randn(8, network.dim, generator=generator)
 kernel = nll_gradient(network, Categorical(3), x, torch.arange(30_000) % 3, form="vmap")
-kernel(theta[:1])  # what torch sets up once is not to be counted
+kernel(theta[:2])  # what torch sets up once is not to be counted
 free = [kernel(one[None]) for one in theta]
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (90 << 20),) * 2)

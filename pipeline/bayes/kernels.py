@@ -160,8 +160,8 @@ class _Loop(_General):
         return gradient, nll
 
 
-class _Vmap(_General):
-    """torch.func over chunks of walks; any module without in-place buffers."""
+class _Vmap(_Loop):
+    """torch.func over chunks of walks; any module without in-place buffers. A single point is faster without it."""
 
     def __init__(self, network: Network, likelihood: Likelihood, x: Tree, y: Tensor, compile: bool):
         super().__init__(network, likelihood, x, y)
@@ -170,6 +170,8 @@ class _Vmap(_General):
         self._compiled = Compiled(self._eager) if compile else None
 
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if len(theta) == 1:
+            return super().__call__(theta, rows)
         x, y = self._rows(rows)
         kind = "cpu" if theta.device.type == "cpu" else "cuda"
         most = VMAP_ELEMENTS[kind] // (self._elements * row_count(x) + theta.shape[1])

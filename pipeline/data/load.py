@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,14 @@ def _target_scale(y: np.ndarray, config: DataConfig) -> tuple[float, float]:
 
 
 def _learn_parts(x: Inputs, tokens: bool, standardize: bool) -> Parts:
-    return map_arrays(lambda array: _learn_part(array, tokens, standardize), x)
+    several = isinstance(x, (dict, tuple))
+
+    def learn(array: np.ndarray) -> Part:
+        if tokens and several and array.dtype.kind == "b":  # a mask beside token numbers or sequences
+            return Part(array.shape[1:], "bool", 1.0, np.zeros(()), np.ones(()))
+        return _learn_part(array, tokens, standardize)
+
+    return map_arrays(learn, x)
 
 
 def _learn_part(array: np.ndarray, tokens: bool, standardize: bool) -> Part:
@@ -199,6 +206,8 @@ def _assemble(config: DataConfig, x: Inputs, y: np.ndarray, splits: Splits, at: 
         name = _short_name(source, ood)
         digest.add(f"ood.{name}", chosen)
         ood[name] = schema.scale(chosen)
+    some = np.array([0, len(parts["train"]) - 1])
+    schema = replace(schema, example=select_rows(parts["train"].x, some))
     return Dataset(parts["train"], parts["validation"], parts["test"], ood, schema, digest.hexdigest())
 
 

@@ -20,7 +20,7 @@ class Part:
     shape: tuple[int, ...]
     """Shape of one row."""
     dtype: str
-    """float32 or float64; int64 for token numbers, which are never scaled."""
+    """float32 or float64; int64 for token numbers and bool for masks, which are never scaled."""
     scale: float
     """Factor before standardisation: 1/255 for images of bytes."""
     mean: np.ndarray
@@ -30,8 +30,8 @@ class Part:
 
     def apply(self, array: np.ndarray) -> np.ndarray:
         """Rows as the network takes them."""
-        if self.dtype == "int64":
-            return array.astype(np.int64)
+        if self.dtype in ("int64", "bool"):
+            return array.astype(self.dtype)
         result = array.astype(self.dtype)
         if self.scale != 1.0:
             result *= np.asarray(self.scale, dtype=self.dtype)
@@ -76,6 +76,9 @@ class DataSchema:
     """Mean of the training targets in their own unit, 0 if not standardised."""
     y_std: float = 1.0
     """Standard deviation of the training targets in their own unit, 1 if not standardised."""
+    example: Any = None
+    """Two training rows as the network takes them, on which a user's own network is tried; None where the data are not
+    at hand, since they are not stored."""
 
     @property
     def input_shape(self) -> Any:
@@ -180,6 +183,8 @@ def _check_part(part: Part, array: np.ndarray, where: str) -> None:
         raise InputError(f"{where} must have rows of shape {part.shape}, got {array.shape[1:]}")
     if part.dtype == "int64" and array.dtype.kind not in "iub":
         raise InputError(f"{where} must hold token numbers (whole numbers), got {array.dtype}")
+    if part.dtype == "bool" and array.dtype.kind != "b":
+        raise InputError(f"{where} must hold a mask (bool) of shape {part.shape} a row, got {array.dtype}")
 
 
 def _structure(value: Any) -> str:

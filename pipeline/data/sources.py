@@ -111,7 +111,9 @@ def _npz(uri: str, setting: str) -> Raw:
             arrays = {name: archive[name] for name in ("x", "y") if name in archive.files}
             found = ", ".join(archive.files)
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
-        raise InputError(f"{setting}: {uri} is no npz file of plain arrays: {cause(error)}") from error
+        pickled = "allow_pickle" in str(error)  # torch's own words advise what must not be done here
+        why = "it is no zip archive, or holds pickled objects; write it with numpy.savez" if pickled else cause(error)
+        raise InputError(f"{setting}: {uri} is no npz file of plain arrays: {why}") from error
     if "x" not in arrays:
         raise InputError(f"{setting}: {uri} holds no array x (rows, ...); it holds {found or 'nothing'}")
     return Raw(arrays["x"], arrays.get("y"))
@@ -128,7 +130,7 @@ def _python(source: str, setting: str) -> Raw:
         raise InputError(f"{setting}: {source} must return (x, y), it returned {_kind(result)}")
     try:
         x, y = _arrays(result[0]), None if result[1] is None else np.asarray(result[1])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{setting}: {source} returned what is no array: {cause(error)}") from error
     return Raw(x, y, tokens=True)
 

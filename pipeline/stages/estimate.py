@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.curvature import Curvature, measure, occam
 from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
@@ -20,6 +21,7 @@ from pipeline.build import DTYPES, MAP_FILES, WIDE, build_network, build_potenti
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
 from pipeline.executor import Executor
+from pipeline.own_network import check_rows
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -125,6 +127,7 @@ def check_weights(run: Run) -> None:
         InputError: The network or its prior cannot be built, or how far off the weights are and the settings that help.
     """
     network = build_network(run.config, run.dataset.schema, 0, torch.float64)
+    _try_rows(run, network)
     if run.config.prior.precision != "auto":
         prior_precision(network.layout, run.config.prior.precision, network.dtype)
     if run.config.model.weights is None or run.config.map.polish:
@@ -147,6 +150,17 @@ def check_weights(run: Run) -> None:
             f"about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Set map.polish: true to go on to "
             "the minimum, or state the prior.precision and likelihood that they were trained with."
         )
+
+
+def _try_rows(run: Run, network: Network) -> None:
+    """Let a user's own network meet rows of every split, before anything is written."""
+    model = run.config.model
+    if not model.architecture.startswith("python:"):
+        return
+    data = run.dataset
+    splits = {"training": data.train.x, "validation": data.validation.x, "test": data.test.x}
+    for name, x in (splits | data.ood).items():
+        check_rows(network, x, f"model.architecture: {model.architecture}", name)
 
 
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
@@ -176,6 +190,7 @@ def _first_steps(run: Run, potential: Potential, theta: Tensor, start: int) -> T
 def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minimum:
     """Second-order steps where the network is small enough, then the certificate.
 
+    Networks without batched passes are done when L-BFGS gains little and the certificate holds with a margin of two.
     A minimum at a kink (ReLU) has no vanishing gradient. So the last descent goes on in rounds until the certificate
     holds, or until a whole round lowers U by less than the certificate allows.
     """
@@ -187,23 +202,32 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     enough = TRIAL if not last else 0.0
     if last and work > DIFFERENCED:
         enough = allowed_fall(tolerance, 0.1 * min(theta.numel(), potential.rows))
-    newton = last and work <= DIFFERENCED
+    general = last and work <= DIFFERENCED and parse_chain(potential.network.module, theta.numel()) is None
+    if general:  # their gradients are slow, and the tail of a descent costs most of them for a fall that nobody sees
+        enough = allowed_fall(tolerance, 0.01 * min(theta.numel(), potential.rows))
+    newton = last and work <= DIFFERENCED and not general
     best = certify(potential, quasi_newton(potential, theta, tolerance, steps, newton=newton, enough=enough))
     if not last or _certified(best, tolerance, 1.0):
         return best
-    gamma = occam(potential, best.theta, stream(run.config.seed, "descent"))[0]
+    gamma = _gamma(run, potential, best)
+    later = enough / 10 if general else enough  # a round is evidence only if it tried
     for round_ in range(POLISHING):
-        if _certified(best, tolerance, gamma):
+        if _certified(best, tolerance, 0.5 * gamma if general else gamma):
             break
         rate = run.config.map.learning_rate / 10 ** (1 + round_)
         moved = first_order(potential, best.theta, 300, rate, 0, stream(run.config.seed, "polish", round_))
-        found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False, enough=enough))
+        found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False, enough=later))
         fall = best.potential - found.potential
         if fall > 0:
             best = dataclasses.replace(found, last_fall=fall)
         else:
             best = dataclasses.replace(best, last_fall=0.0)
     return best
+
+
+def _gamma(run: Run, potential: Potential, minimum: Minimum) -> float:
+    """Effective number of parameters at the end of a descent."""
+    return occam(potential, minimum.theta, stream(run.config.seed, "descent"))[0]
 
 
 def allowed_fall(tolerance: float, gamma: float) -> float:

@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import torch
 
 from pipeline import config_values as values
 from pipeline.bayes.predictive import Averaged, PredictiveAverage
 from pipeline.bayes.trees import row_count, slice_rows, to_tensors
+from pipeline.build import load_network
 from pipeline.data import DataSchema, load_inputs
 from pipeline.errors import InputError, RunError
+from pipeline.own_network import check_rows
 from pipeline.run import Run, load_run
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.evaluate import deformation_draws
@@ -57,6 +60,9 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     x = load_inputs(source, run.dataset.schema, run.config.data.target)
     if not row_count(x):
         raise InputError(f"--data {source} has no rows.")
+    model = run.config.model
+    if model.architecture.startswith("python:"):
+        check_rows(load_network(run, 0, torch.float32)[0], x, f"model.architecture: {model.architecture}", "--data")
     table = predict_table(run, x, draws_from)
     buffer = io.BytesIO()
     (pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table)(table, buffer)

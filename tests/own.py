@@ -1,0 +1,121 @@
+"""Networks and data as a user brings them, for runs from a configuration: ``python:tests.own:NAME``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def table() -> tuple[np.ndarray, np.ndarray]:
+    """Two overlapping classes in six columns, (160, 6)."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(160, 6))
+    return x, (x[:, 0] * x[:, 1] + 0.5 * x[:, 2] + 0.7 * rng.normal(size=160) > 0).astype(int)
+
+
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits 0 to 3, (160, 1, 8, 8)."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    chosen = np.flatnonzero(digits.target < 4)[:160]
+    return (digits.images[chosen, None] / 16).astype(np.float32), digits.target[chosen]
+
+
+def tokens() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Sentences of up to six tokens, with a mask, which hold token 5 more or less often."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 160)
+    ids = np.where(rng.random((160, 6)) < 0.1 + 0.3 * y[:, None], 5, rng.integers(1, 12, (160, 6)))
+    mask = np.arange(6) < rng.integers(3, 7, (160, 1))
+    return {"ids": np.where(mask, ids, 0), "mask": mask}, y
+
+
+def sequences() -> tuple[np.ndarray, np.ndarray]:
+    """Noisy waves of two frequencies, (160, 8, 1)."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 160)
+    wave = np.sin(np.arange(8) * (0.6 + 0.5 * y[:, None]) + rng.uniform(0, 6, (160, 1)))
+    return (wave + 0.4 * rng.normal(size=(160, 8)))[..., None].astype(np.float32), y
+
+
+class Two(nn.Module):
+    """A backbone and a head; the backbone may be frozen."""
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 10), nn.ReLU())
+        self.head = nn.Linear(10, 2)
+        self.backbone.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and what the head saw."""
+        hidden = self.backbone(x)
+        return self.head(hidden), hidden
+
+
+def mlp() -> nn.Module:
+    """Backbone and head."""
+    return Two()
+
+
+def frozen() -> nn.Module:
+    """Backbone without requires_grad."""
+    return Two(frozen=True)
+
+
+def conv() -> nn.Module:
+    """A conv net with BatchNorm."""
+    first = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, nn.Flatten(), nn.Dropout(0.2), nn.Linear(36, 4))
+
+
+class Attention(nn.Module):
+    """A transformer encoder over token numbers with a mask; named inputs, named outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 8, padding_idx=0)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Logits of the mean over the tokens that the mask shows."""
+        hidden = self.encoder(self.table(ids), src_key_padding_mask=~mask)
+        shown = mask[..., None].to(hidden.dtype)
+        return {"logits": self.head((hidden * shown).sum(1) / shown.sum(1))}
+
+
+def transformer() -> nn.Module:
+    """A small transformer classifier."""
+    return Attention()
+
+
+class Recurrent(nn.Module):
+    """A GRU, read at its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(1, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(self.cell(x)[0][:, -1])
+
+
+def recurrent() -> nn.Module:
+    """A small recurrent classifier."""
+    return Recurrent()
+
+
+def trained(network: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module:
+    """A network after a plain training loop of a mean loss with weight decay."""
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+    for _ in range(300):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(x)[0], y).backward()
+        optimiser.step()
+    return network
