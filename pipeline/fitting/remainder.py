@@ -22,7 +22,7 @@ BATCH = 256
 """Walks of a step, over all workers."""
 UNIT = 0.1
 """Size of the remainder's unit relative to what the chain leaves."""
-WEIGHT = 0.1
+WEIGHT = 1.0
 """First weight of the logarithm of the rise of U over that of the walks, against the relative squared error."""
 LARGEST_WEIGHT = 4.0
 GROWTH, FALL = 1.6, 0.8
@@ -33,7 +33,7 @@ SAVE_EVERY = 4
 """Judgements between checkpoints."""
 PATIENCE = 6
 """Judgements without progress after which it stops."""
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
 DECAY = 1e-2
 
 
