@@ -203,6 +203,13 @@ def test_an_existing_target_is_never_overwritten(run: str, tmp_path: Path, kind:
     assert (out if kind == "file" else out / "mine").read_bytes() == b"mine"
 
 
+def test_a_file_where_a_folder_is_needed_is_named(run: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    with pytest.raises(InputError, match="mine cannot be made: File exists. Name another place"):
+        export(run, "npz", str(tmp_path / "mine" / "x.npz"))
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
 def test_a_failed_export_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError("disk full")

@@ -45,6 +45,10 @@ def _local(final: Path) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file where a folder is needed, a place that takes no folders
+        what = f"--out {final}: the folder {final.parent} cannot be made"
+        raise InputError(f"{what}: {error.strerror}. Name another place.") from error
+    try:
         yield partial
         os.rename(partial, final)
     except PermissionError as error:
