@@ -86,9 +86,9 @@ class Posterior:
         """
         run = load_run(run_uri, trust_code=trust_code)
         if not run.storage.exists(f"{FOLDER}/deformation.json"):
-            raise InputError(
-                f"{run_uri} has no deformation model yet. Finish it with 'fiberwalk run', or read its sample store."
-            )
+            kind = run.config.deformation.kind
+            way = "Export its sample store, or set another kind" if kind == "none" else "Finish it with 'fiberwalk run'"
+            raise InputError(f"{run_uri} has no deformation model (deformation.kind: {kind}). {way}.")
         return cls(run)
 
     @property
