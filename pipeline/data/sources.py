@@ -111,7 +111,7 @@ def _npz(uri: str, setting: str) -> Raw:
             arrays = {name: archive[name] for name in ("x", "y") if name in archive.files}
             found = ", ".join(archive.files)
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
-        pickled = "allow_pickle" in str(error)  # torch's own words advise what must not be done here
+        pickled = "allow_pickle" in str(error)  # numpy's own words advise what must not be done here
         why = "it is no zip archive, or holds pickled objects; write it with numpy.savez" if pickled else cause(error)
         raise InputError(f"{setting}: {uri} is no npz file of plain arrays: {why}") from error
     if "x" not in arrays:
