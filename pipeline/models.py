@@ -20,6 +20,7 @@ from pipeline.errors import InputError
 from pipeline.own_code import cause, load_function, off_stdout
 from pipeline.own_network import call_module, check_own
 from pipeline.resnet import resnet18
+from pipeline.streams import torch_generator
 from pipeline.weights import load_weights
 
 __all__ = ["build_module", "calibrate_batchnorm", "call_module", "load_weights"]
@@ -63,7 +64,7 @@ def build_module(model: ModelConfig, schema: DataSchema, outputs: int, rng: np.r
 @contextmanager
 def seeded(rng: np.random.Generator) -> Iterator[None]:
     """Run a block with torch's CPU random state drawn from `rng`, and put the old state back."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
+    generator = torch_generator(rng, below=2**63 - 1)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator.get_state())
         yield

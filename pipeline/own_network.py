@@ -15,6 +15,7 @@ from pipeline.data.arrays import map_arrays
 from pipeline.data.schema import DataSchema, Part
 from pipeline.errors import InputError
 from pipeline.own_code import cause, off_stdout
+from pipeline.streams import stream, torch_generator
 
 _TRIED = 16
 """Rows of every split on which a user's own network is tried."""
@@ -61,19 +62,21 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
     _check_slope(module, example, where)
 
 
-def check_rows(network: Network, x: Any, where: str, what: str) -> None:
-    """Try a network on the first rows, and on those with the smallest and largest token numbers.
+def check_rows(network: Network, architecture: str, x: Any, what: str) -> None:
+    """Try a user's own network on the first rows, and on those with the smallest and largest token numbers.
 
     Args:
         network: It, at the values to try.
+        architecture: The setting `model.architecture`; a built-in network is not tried.
         x: Arrays with rows first.
-        where: Setting that named the network, for messages.
         what: What the rows are, for messages.
 
     Raises:
         InputError: It fails on some row, such as a token number beyond its table, or gives what is not finite.
     """
-    theta = network.theta()
+    if not architecture.startswith("python:"):
+        return
+    where, theta = f"model.architecture: {architecture}", network.theta()
     rows, tokens = set(range(min(row_count(x), _TRIED))), []
     for leaf in leaves(x) if row_count(x) else ():
         if leaf.dtype.kind in "iu" and leaf.size:
@@ -114,7 +117,7 @@ def _example(part: Part) -> Tensor:
     """Two different rows of small numbers, or of token 1 and masks that hide nothing."""
     if part.dtype != "float32" and part.dtype != "float64":
         return torch.ones((2, *part.shape), dtype=getattr(torch, part.dtype))
-    return torch.randn((2, *part.shape), generator=torch.Generator().manual_seed(0))
+    return torch.randn((2, *part.shape), generator=torch_generator(stream(0, "example")))
 
 
 def _call(module: nn.Module, x: Any, where: str, what: str) -> Tensor:

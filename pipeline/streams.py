@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
@@ -15,3 +19,10 @@ def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
     sequence = np.random.SeedSequence(seed, spawn_key=(purpose_key, *indices))
     return np.random.Generator(np.random.Philox(sequence))
+
+
+def torch_generator(rng: np.random.Generator, below: int = 2**62) -> torch.Generator:
+    """Return a torch generator of its own, seeded from a stream by a whole number smaller than `below`."""
+    import torch  # not above: plan and store are read by commands that need no torch
+
+    return torch.Generator().manual_seed(int(rng.integers(below)))

@@ -64,7 +64,7 @@ def tensors(x: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # plain torch's own fast path
 @pytest.mark.parametrize("name", CASES)
-def test_an_own_network_runs_improves_and_is_taken_back_into_plain_torch(
+def test_an_own_network_runs_keeps_its_fit_and_is_taken_back_into_plain_torch(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The chosen radius predicts validation rows as well as the MAP or better, and plain torch agrees with us."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pipeline.run import Run
@@ -123,8 +122,3 @@ KEPT_BYTES = 4 * HELD_BYTES
 def batch_rows(dim: int) -> int:
     """Rows read at once: about 32 MB."""
     return max(1, (32 << 20) // (4 * dim))
-
-
-def torch_generator(rng: np.random.Generator) -> torch.Generator:
-    """A torch generator of its own, seeded from a named stream."""
-    return torch.Generator().manual_seed(int(rng.integers(2**62)))

@@ -11,9 +11,10 @@ from torch import Tensor
 from pipeline.bayes.deformation.metric import Autoencoder, Metric, metric_loss
 from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Team, is_held_out, torch_generator
+from pipeline.fitting.job import FitJob, Team, is_held_out
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
+from pipeline.streams import torch_generator
 
 LARGEST_DIM = 200_000
 """Its layers hold D times their width: larger networks want the residual kind."""

@@ -13,10 +13,11 @@ from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
 from pipeline.fitting.chain import Fitted, Seen
-from pipeline.fitting.job import FitJob, Team, torch_generator
+from pipeline.fitting.job import FitJob, Team
 from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
 from pipeline.plan import stream
 from pipeline.run import Run
+from pipeline.streams import torch_generator
 
 BATCH = 256
 """Walks of a step, over all workers."""

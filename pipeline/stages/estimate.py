@@ -154,13 +154,10 @@ def check_weights(run: Run) -> None:
 
 def _try_rows(run: Run, network: Network) -> None:
     """Let a user's own network meet rows of every split, before anything is written."""
-    model = run.config.model
-    if not model.architecture.startswith("python:"):
-        return
     data = run.dataset
     splits = {"training": data.train.x, "validation": data.validation.x, "test": data.test.x}
     for name, x in (splits | data.ood).items():
-        check_rows(network, x, f"model.architecture: {model.architecture}", name)
+        check_rows(network, run.config.model.architecture, x, name)
 
 
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
@@ -209,7 +206,7 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     best = certify(potential, quasi_newton(potential, theta, tolerance, steps, newton=newton, enough=enough))
     if not last or _certified(best, tolerance, 1.0):
         return best
-    gamma = _gamma(run, potential, best)
+    gamma = occam(potential, best.theta, stream(run.config.seed, "descent"))[0]
     later = enough / 10 if general else enough  # a round is evidence only if it tried
     for round_ in range(POLISHING):
         if _certified(best, tolerance, 0.5 * gamma if general else gamma):
@@ -223,11 +220,6 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
         else:
             best = dataclasses.replace(best, last_fall=0.0)
     return best
-
-
-def _gamma(run: Run, potential: Potential, minimum: Minimum) -> float:
-    """Effective number of parameters at the end of a descent."""
-    return occam(potential, minimum.theta, stream(run.config.seed, "descent"))[0]
 
 
 def allowed_fall(tolerance: float, gamma: float) -> float:

@@ -9,12 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-import torch
 
 from pipeline import config_values as values
 from pipeline.bayes.predictive import Averaged, PredictiveAverage
 from pipeline.bayes.trees import row_count, slice_rows, to_tensors
-from pipeline.build import load_network
 from pipeline.data import DataSchema, load_inputs
 from pipeline.errors import InputError, RunError
 from pipeline.own_network import check_rows
@@ -60,9 +58,6 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     x = load_inputs(source, run.dataset.schema, run.config.data.target)
     if not row_count(x):
         raise InputError(f"--data {source} has no rows.")
-    model = run.config.model
-    if model.architecture.startswith("python:"):
-        check_rows(load_network(run, 0, torch.float32)[0], x, f"model.architecture: {model.architecture}", "--data")
     table = predict_table(run, x, draws_from)
     buffer = io.BytesIO()
     (pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table)(table, buffer)
@@ -78,6 +73,7 @@ def predict_table(run: Run, x: Any, draws_from: str = "walk") -> pa.Table:
     paths = read_paths(store) if draws_from == "walk" else None
     radius = float(run.storage.read_json("radius.json")["radius"])
     comparison = Comparison.open(run, store.plan, {})
+    check_rows(comparison.problems[0].network, run.config.model.architecture, x, "--data")
     parts = []
     for first in range(0, row_count(x), _BLOCK):
         draws: Draws = walk_draws(comparison, store, paths, radius) if paths else deformation_draws(comparison)

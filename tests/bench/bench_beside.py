@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,11 +42,13 @@ def prepare_run(folder: str) -> Run:
         "data": {"source": "sklearn:digits", "train_rows": 300, "validation": 0.1, "test": 0.1},
         "model": {"hidden": [1000]},
         "map": {"steps": 200, "tolerance": 1e6},
-        "walk": {"walks": 128, "walks_per_shard": 32, "length": 3.0, "steps": 2 * RECORDS, "record_every": 2},
+        "walk": {
+            **{"walks": 128, "walks_per_shard": 32, "length": 3.0, "steps": 2 * RECORDS, "record_every": 2},
+            **{"correction": "plain"},
+        },
         "deformation": {"kind": "none"},
         "storage": folder,
     }
-    config["walk"] |= {"correction": "plain"}
     run = prepare(parse_config(config))
     claim(run)
     estimate(run, SerialExecutor(), LogProgress())
@@ -70,7 +73,7 @@ def stored(run: Run, shard: Shard) -> None:
         pass
 
 
-def walker(run: Run, shard: Shard, rounds: int, barrier, queue) -> None:  # type: ignore[no-untyped-def]
+def walker(run: Run, shard: Shard, rounds: int, barrier: Any, queue: Any) -> None:
     """Time both in turns, in step with the other walkers."""
     torch.set_num_threads(1)
     seconds: list[tuple[float, float]] = []

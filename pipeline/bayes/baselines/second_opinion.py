@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pipeline.bayes.baselines.laplace import LARGEST_DIM
 from pipeline.bayes.likelihood import Categorical, Gaussian
 from pipeline.bayes.target import Potential
+from pipeline.streams import torch_generator
 
 INSTALL = (
     "pip install --no-deps laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl opt-einsum unfoldnd "
@@ -73,7 +74,7 @@ class SecondOpinion:
             self._model.prior_precision = factor * self._precision
         else:  # one number for each tensor: the prior is constant on it
             self._model.prior_precision = factor * torch.stack([part[0] for part in self._precision.split(self._sizes)])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch_generator(rng)
         return torch.cat([self._draw(piece, draws, generator) for piece in self._pieces(x)], dim=1)
 
     def _draw(self, x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
