@@ -184,6 +184,7 @@ class Posterior:
             problem.likelihood,
             shift=float(schema.y_mean) if regression else 0.0,
             scale=float(schema.y_std) if regression else 1.0,
+            noise=float(self.run.storage.read_json("radius.json")["noise_factor"]),
         )
         inputs = to_tensors(schema.encode(x), problem.network.dtype, problem.network.device)
         if not row_count(inputs):

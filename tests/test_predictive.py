@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.bayes.baselines.scaling import fit_scale, rescale
+from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with_noise
 from pipeline.bayes.likelihood import Categorical, Gaussian, Heteroscedastic
 from pipeline.bayes.params import Network
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood, PredictiveAverage, draw_nll
@@ -89,3 +89,22 @@ def test_scale_of_a_mixture_finds_the_width_that_made_the_targets():
     y = mean.mean(axis=0) + 2.5 * (rng.permuted(mean, axis=0)[0] - mean.mean(axis=0) + 0.1 * rng.normal(size=20_000))
     averaged = Averaged(4, np.zeros(1), np.zeros(1), mean=mean, variance=variance)
     assert fit_scale(averaged, y) == pytest.approx(2.5, rel=0.05)
+
+
+def test_noise_is_fitted_without_touching_what_the_draws_disagree_about():
+    rng = stream(4, "test-noise")
+    mean, variance = rng.normal(size=(16, 20_000)), np.full((16, 20_000), 1.0)
+    y = rng.permuted(mean, axis=0)[0] + 0.4 * rng.normal(size=20_000)
+    averaged = Averaged(16, np.ones(20_000), mean.var(axis=0), mean=mean, variance=variance)
+    found = fit_noise(averaged, y)
+    # The error of the factor is about 0.005 here; a stretch of the whole mixture would have to give 0.76.
+    assert found == pytest.approx(0.4, abs=0.03)
+    fitted = with_noise(averaged, found, y)
+    assert np.array_equal(fitted.epistemic, averaged.epistemic) and np.allclose(fitted.aleatoric, found**2)
+    assert fitted.nll(y).mean() < rescale(averaged, fit_scale(averaged, y)).nll(y).mean() < averaged.nll(y).mean()
+
+
+def test_noise_stays_finite_where_a_draw_meets_every_target():
+    mean = np.array([[0.0], [2.0]]).repeat(30, axis=1)
+    averaged = Averaged(2, np.ones(30), np.ones(30), mean=mean, variance=np.ones((2, 30)))
+    assert fit_noise(averaged, np.zeros(30)) == pytest.approx(0.05, rel=0.01)

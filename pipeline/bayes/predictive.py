@@ -83,6 +83,7 @@ class PredictiveAverage:
         y: Targets (rows,) for the NLL of single draws; None without.
         shift: Added to regression means after scaling: the mean of the target.
         scale: Unit of the standardised target.
+        noise: Factor on the standard deviation of a regression's noise.
         components: Keep the components of a regression mixture; otherwise only mean, aleatoric and epistemic remain.
     """
 
@@ -93,9 +94,10 @@ class PredictiveAverage:
         *,
         shift: float = 0.0,
         scale: float = 1.0,
+        noise: float = 1.0,
         components: bool = True,
     ):
-        self._likelihood, self._y, self._shift, self._scale = likelihood, y, shift, scale
+        self._likelihood, self._y, self._shift, self._scale, self._noise = likelihood, y, shift, scale, noise
         self._keep, self._draws = components, 0
         self._first: np.ndarray | None = None
         self._sums: list[np.ndarray] = []
@@ -116,7 +118,8 @@ class PredictiveAverage:
         if prediction.probabilities is not None:
             return (prediction.probabilities.numpy(),)
         assert prediction.mean is not None and prediction.variance is not None
-        return (prediction.mean.numpy() * self._scale + self._shift, prediction.variance.numpy() * self._scale**2)
+        mean, variance = prediction.mean.numpy(), prediction.variance.numpy()
+        return (mean * self._scale + self._shift, variance * (self._scale * self._noise) ** 2)
 
     def add_predictions(self, first: np.ndarray, variance: np.ndarray | None = None) -> None:
         """Add probabilities (b, rows, classes), or means and variances (b, rows) in the unit of the target."""

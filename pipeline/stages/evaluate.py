@@ -60,7 +60,7 @@ def evaluate(run: Run, report: Progress) -> None:
     comparison = Comparison.open(run, store.plan, figures.inputs(run))
     found: dict[str, Method] = {}
     skipped: dict[str, str] = {}
-    wanted = _builders(comparison, store, paths, choice["radius"], found)
+    wanted = _builders(comparison, store, paths, choice, found)
     with report.bar("evaluation", len(wanted)) as bar:
         for name, build in wanted.items():
             try:
@@ -103,9 +103,10 @@ def _present(run: Run, digest: str) -> bool:
 
 
 def _builders(
-    c: Comparison, store: SampleStore, paths: Paths, radius: float, found: dict[str, Method]
+    c: Comparison, store: SampleStore, paths: Paths, choice: dict[str, Any], found: dict[str, Method]
 ) -> dict[str, Callable[[], Method]]:
     """What to compute, in the order of the table; later entries may use `found` ones."""
+    radius, noise = choice["radius"], choice["noise_factor"]
     asked = set(c.run.config.evaluation.baselines)
     if len(c.problems) > 1:
         asked |= {"ensemble", "ensemble_temperature"}
@@ -126,7 +127,7 @@ def _builders(
     baselines: dict[str, Callable[[], Method]] = {
         "temperature": lambda: methods.tempered(c, base("map")),
         "random": lambda: methods.random_directions(c, store.plan.radii()),
-        "gaussian": lambda: Method(c.average(methods.gaussian_draws(c, store, radius))),
+        "gaussian": lambda: methods.averaged(c, methods.gaussian_draws(c, store, radius)),
         "laplace": lambda: methods.laplace(c, laplace(), linearised=False),
         "laplace_linearised": lambda: methods.laplace(c, laplace(), linearised=True),
         "laplace_torch": lambda: methods.second_opinion(c),
@@ -135,11 +136,11 @@ def _builders(
         "ensemble_temperature": lambda: methods.tempered(c, base("ensemble")),
     }
     wanted: dict[str, Callable[[], Method]] = {"map": lambda: methods.map_estimate(c)}
-    wanted["walk"] = lambda: Method(c.average(methods.walk_draws(c, store, paths, radius)))
+    wanted["walk"] = lambda: methods.averaged(c, methods.walk_draws(c, store, paths, radius), noise)
     if "validation" in c.inputs:
         wanted["walk_temperature"] = lambda: methods.tempered(c, base("walk"))
     if c.run.config.deformation.kind != "none":
-        wanted["deformation"] = lambda: Method(c.average(deformation_draws(c)))
+        wanted["deformation"] = lambda: methods.averaged(c, deformation_draws(c), noise)
     return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
 
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
-from pipeline.bayes.baselines.scaling import fit_scale, rescale
+from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with_noise
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
-from pipeline.stages.paths import Paths, read_points
+from pipeline.stages.paths import Paths, read_draws
+from pipeline.stages.scale import noise_is_open
 from pipeline.stages.select import choose_radius, paired_scores
 from pipeline.store import SampleStore
 
@@ -62,12 +63,24 @@ def tempered(c: Comparison, base: Method) -> Method:
     return Method(averages, {"temperature": scale})
 
 
+def averaged(c: Comparison, draws: Draws, noise: float | None = None, **choices: Any) -> Method:
+    """A method that averages draws; see `fitted`."""
+    return fitted(c, c.average(draws), noise, **choices)
+
+
+def fitted(c: Comparison, averages: dict[str, Averaged], noise: float | None = None, **choices: Any) -> Method:
+    """Averages with a regression's noise multiplied: by a factor fitted for this method, unless one is given."""
+    if noise is None:
+        noise = fit_noise(averages["validation"], c.targets["validation"]) if noise_is_open(c.run) else 1.0
+    if noise != 1:
+        choices["noise_factor"] = noise
+        averages = {name: with_noise(a, noise, c.targets.get(name)) for name, a in averages.items()}
+    return Method(averages, choices)
+
+
 def walk_draws(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> Iterator[tuple[int, Tensor]]:
     """One point of each of the first undiverged walks, starts in equal parts."""
-    chosen = paths.choose(c.run.config.evaluation.draws)
-    records = paths.records_at(radius)
-    wanted = {int(walk): {int(records[walk])} for walk in chosen}
-    for start, _, _, theta in read_points(store, wanted):
+    for start, theta in read_draws(store, paths, c.run.config.evaluation.draws, radius):
         for piece in theta.split(c.batch()):
             yield start, piece
 
@@ -90,7 +103,7 @@ def random_directions(c: Comparison, radii: np.ndarray) -> Method:
     """Random directions without correction, their radius tuned as the walk's is, on a grid that reaches nearer to 0."""
     grid = np.unique(np.concatenate([np.geomspace(radii[0] / 16, radii[-1], 24), radii]))
     radius = tune_radius(c, lambda r: random_draws(c, r), grid)
-    return Method(c.average(random_draws(c, radius)), {"radius": radius})
+    return averaged(c, random_draws(c, radius), radius=radius)
 
 
 def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray) -> float:
@@ -130,13 +143,13 @@ def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator
                 yield start, piece
 
 
-def laplace(c: Comparison, fitted: Laplace | None, linearised: bool) -> Method:
+def laplace(c: Comparison, model: Laplace | None, linearised: bool) -> Method:
     """Laplace around the first start, sampled or linearised, its prior precision tuned on validation rows."""
-    if fitted is None:
+    if model is None:
         raise Unavailable(
             f"is for networks of at most {LARGEST_DIM} parameters, this one has {c.problems[0].network.dim}"
         )
-    n, model = c.run.config.evaluation.draws, fitted
+    n = c.run.config.evaluation.draws
 
     def offsets(factor: float) -> Tensor:
         return model.offsets(stream(c.run.config.seed, "evaluate-laplace"), n, factor)
@@ -146,7 +159,7 @@ def laplace(c: Comparison, fitted: Laplace | None, linearised: bool) -> Method:
     factor = 1.0
     if "validation" in c.inputs:
         factor = min(PRIOR_FACTORS, key=lambda f: c.validation_nll([(0, model.theta_star + offsets(f))]))
-    return Method(c.average([(0, model.theta_star + offsets(factor))]), {"prior_factor": factor})
+    return averaged(c, [(0, model.theta_star + offsets(factor))], prior_factor=factor)
 
 
 def _linearised(c: Comparison, model: Laplace, offsets: Callable[[float], Tensor]) -> Method:
@@ -168,7 +181,7 @@ def _linearised(c: Comparison, model: Laplace, offsets: Callable[[float], Tensor
         average = c.new_average(name)
         average.add_outputs(model.linearised(offsets(factor), c.tensors[name]), likelihood)
         averages[name] = average.result()
-    return Method(averages, {"prior_factor": factor})
+    return fitted(c, averages, prior_factor=factor)
 
 
 def second_opinion(c: Comparison) -> Method:
@@ -196,7 +209,7 @@ def second_opinion(c: Comparison) -> Method:
         average = c.new_average(name)
         average.add_outputs(outputs(name, factor), problem.likelihood)
         averages[name] = average.result()
-    return Method(averages, {"prior_factor": factor, "structure": "full" if model.full else "kron"})
+    return fitted(c, averages, prior_factor=factor, structure="full" if model.full else "kron")
 
 
 def swag(c: Comparison) -> Method:
@@ -215,4 +228,4 @@ def swag(c: Comparison) -> Method:
         return [(0, models[number].draw(stream(seed, "swag-draw"), n))]
 
     best = min(range(len(RATES)), key=lambda number: c.validation_nll(draws(number)))
-    return Method(c.average(draws(best)), {"learning_rate": RATES[best] * unit})
+    return averaged(c, draws(best), learning_rate=RATES[best] * unit)

@@ -87,6 +87,14 @@ def read_paths(store: SampleStore) -> Paths:
     return Paths(start, diverged, halved, **columns)
 
 
+def read_draws(store: SampleStore, paths: Paths, draws: int, radius: float) -> Iterator[tuple[int, Tensor]]:
+    """Yield the points that stand for `draws` draws at a radius: starts of batches, and positions (b, D)."""
+    records = paths.records_at(radius)
+    wanted = {int(walk): {int(records[walk])} for walk in paths.choose(draws)}
+    for start, _, _, theta in read_points(store, wanted):
+        yield start, theta
+
+
 def read_points(
     store: SampleStore, wanted: dict[int, set[int]]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, Tensor]]:

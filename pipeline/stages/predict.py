@@ -71,20 +71,21 @@ def predict_table(run: Run, x: Any, draws_from: str = "walk") -> pa.Table:
     """Predictions of encoded inputs, 65 536 rows at a time, so that memory is that of the answer."""
     store = SampleStore.open(run.storage)
     paths = read_paths(store) if draws_from == "walk" else None
-    radius = float(run.storage.read_json("radius.json")["radius"])
+    choice = run.storage.read_json("radius.json")
+    radius = float(choice["radius"])
     comparison = Comparison.open(run, store.plan, {})
     check_rows(comparison.problems[0].network, run.config.model.architecture, x, "--data")
     parts = []
     for first in range(0, row_count(x), _BLOCK):
         draws: Draws = walk_draws(comparison, store, paths, radius) if paths else deformation_draws(comparison)
-        averaged = _average(comparison, draws, slice_rows(x, first, first + _BLOCK))
+        averaged = _average(comparison, draws, slice_rows(x, first, first + _BLOCK), choice["noise_factor"])
         parts.append(_columns(averaged, run.dataset.schema))
     return pa.concat_tables(parts)
 
 
-def _average(c: Comparison, draws: Draws, x: Any) -> Averaged:
+def _average(c: Comparison, draws: Draws, x: Any, noise: float) -> Averaged:
     shift, scale = c.unit
-    average = PredictiveAverage(c.problems[0].likelihood, shift=shift, scale=scale, components=False)
+    average = PredictiveAverage(c.problems[0].likelihood, shift=shift, scale=scale, noise=noise, components=False)
     network = c.problems[0].network
     tensors = to_tensors(x, network.dtype, network.device)
     for start, theta in draws:

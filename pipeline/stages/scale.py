@@ -98,6 +98,12 @@ def choose_scale(
     return dataclasses.replace(best, how=f"{what} by Laplace marginal likelihood")
 
 
+def noise_is_open(run: Run) -> bool:
+    """Whether validation rows may choose the noise: that of a regression, where it is not given and they suffice."""
+    given = run.config.likelihood.noise_std is not None
+    return run.config.data.task == "regression" and not given and len(run.dataset.validation.y) >= FEW
+
+
 def noise_of(run: Run, network: Network, theta: Tensor) -> float:
     """The configured noise, or the root mean square of the training residuals of weights that are given."""
     if run.config.likelihood.noise_std is not None:

@@ -1,5 +1,7 @@
 """Choose the radius once for walk, deformation and control: from validation rows, or from the rise of the potential.
 
+A regression has its noise fitted to the average there as well.
+
 Test rows are never looked at here.
 """
 
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
+from pipeline.bayes.baselines.scaling import fit_noise
+from pipeline.bayes.predictive import AveragedLikelihood, PredictiveAverage, draw_nll
 from pipeline.bayes.trees import row_count, to_tensors
 from pipeline.build import Problem, load_problem
 from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.stages.paths import Paths, read_paths, read_points
+from pipeline.stages.paths import Paths, read_draws, read_paths, read_points
+from pipeline.stages.scale import noise_is_open
 from pipeline.store import SampleStore
 
 VALIDATION = "shortest radius whose validation NLL is as good as the best"
@@ -34,7 +38,7 @@ def select(run: Run, report: Progress) -> None:
     (see `left_of_plateau`); regression, or no validation rows, the largest radius at which the mean rise of the summed
     training NLL over that of the MAP estimate stays below half the effective number of parameters, and at which the
     validation NLL is not worse than its best by more than a standard error. Tilted walks count at their end. The
-    choice is for `evaluation.draws` draws.
+    choice is for `evaluation.draws` draws. See `noise_factor` for the noise.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
@@ -52,9 +56,28 @@ def select(run: Run, report: Progress) -> None:
             point.update(score)
     gamma = float(np.mean([problem.curvature.gamma for problem in problems]))
     choice = choose_radius(curve, gamma, run.config.data.task, tilted=store.plan.tilt == "posterior")
+    choice["noise_factor"] = noise_factor(run, store, paths, problems, choice["radius"])
     choice.update(curve=curve, gamma=gamma, draws=run.config.evaluation.draws, blocks=digest)
     run.storage.replace_json("radius.json", choice)
     report.note(f"radius {choice['radius']:.4g} of {radii[-1]:.4g}: {choice['rule']}")
+    if choice["noise_factor"] != 1:
+        report.note(f"noise of the average: {choice['noise_factor']:.3g} times that of the MAP, by validation NLL")
+
+
+def noise_factor(run: Run, store: SampleStore, paths: Paths, problems: list[Problem], radius: float) -> float:
+    """Factor from the noise of the MAP estimate to that of the model average at a radius; 1 where it stays.
+
+    The noise of the MAP estimate holds its misfit, part of which the average removes. Fitted on the validation rows of
+    a regression, where there are enough and the noise is not given.
+    """
+    if not noise_is_open(run):
+        return 1.0
+    validation, network = run.dataset.validation, problems[0].network
+    x = to_tensors(validation.x, network.dtype, network.device)
+    average = PredictiveAverage(problems[0].likelihood)
+    for start, theta in read_draws(store, paths, run.config.evaluation.draws, radius):
+        average.add(problems[start].network, theta, x, problems[start].likelihood)
+    return fit_noise(average.result(), np.asarray(validation.y, dtype=np.float64))
 
 
 def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilted: bool = False) -> dict[str, Any]:

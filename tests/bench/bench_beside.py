@@ -68,7 +68,6 @@ def bare(run: Run, shard: Shard) -> None:
 
 def stored(run: Run, shard: Shard) -> None:
     """Compute and commit them, as an actor does."""
-    shutil.rmtree(Path(run.uri, "walks", f"shard={shard.index:05d}"), ignore_errors=True)
     for _ in run_shard(run, shard):
         pass
 
@@ -84,6 +83,7 @@ def walker(run: Run, shard: Shard, rounds: int, barrier: Any, queue: Any) -> Non
             began = time.perf_counter()
             call(run, shard)
             pair[call] = time.perf_counter() - began
+            shutil.rmtree(Path(run.uri, "walks", f"shard={shard.index:05d}"), ignore_errors=True)
         if turn:  # the first is a warm-up
             seconds.append((pair[bare], pair[stored]))
     queue.put(seconds)

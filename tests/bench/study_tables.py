@@ -59,11 +59,11 @@ def best_of(rows: list[Row], names: list[str]) -> str:
 
 
 def standing(rows: list[Row]) -> tuple[str, tuple[float, float] | None, str]:
-    """The best other method, the walk's paired difference to it, and in words how the walk stands.
+    """The best method that is not ours, the walk's paired difference to it, and in words how the walk stands.
 
-    Temperature on top of the walk is the walk with one number fitted: it is shown, and not counted as another method.
+    Temperature on top of the walk and the deformation are made of its points: shown, and not counted as other methods.
     """
-    other = best_of(rows, [m for m in methods_of(rows) if m not in ("walk", "walk_temperature")])
+    other = best_of(rows, [m for m in methods_of(rows) if m not in OURS])
     gap = against(rows, "walk", other)
     if gap is None:
         return other, None, "no"
@@ -90,8 +90,8 @@ def summary(results: list[tuple[Case, list[Row]]], failed: list[str], missing: l
         "",
         f"The walk is the best method, or within one standard error of the best, on **{good} of {len(results)}** data "
         f"sets (best on {counts['best']}). Test NLL in nats a row, lower is better; mean over seeds. The error is that "
-        "of the paired difference over test rows. Temperature on top of the walk is shown, and not counted as another "
-        "method.",
+        "of the paired difference over test rows. Temperature on top of the walk and the deformation are made of its "
+        "points: they are shown, and not counted as other methods.",
     ]
     if missing:
         lines += ["", f"Not run for this table: {'; '.join(missing)}. A dash: not run, or not possible there."]
