@@ -99,7 +99,7 @@ def test_noise_is_fitted_without_touching_what_the_draws_disagree_about():
     found = fit_noise(averaged, y)
     # The error of the factor is about 0.005 here; a stretch of the whole mixture would have to give 0.76.
     assert found == pytest.approx(0.4, abs=0.03)
-    fitted = with_noise(averaged, found, y)
+    fitted = with_noise(averaged, found)
     assert np.array_equal(fitted.epistemic, averaged.epistemic) and np.allclose(fitted.aleatoric, found**2)
     assert fitted.nll(y).mean() < rescale(averaged, fit_scale(averaged, y)).nll(y).mean() < averaged.nll(y).mean()
 

@@ -74,7 +74,7 @@ def fitted(c: Comparison, averages: dict[str, Averaged], noise: float | None = N
         noise = fit_noise(averages["validation"], c.targets["validation"]) if noise_is_open(c.run) else 1.0
     if noise != 1:
         choices["noise_factor"] = noise
-        averages = {name: with_noise(a, noise, c.targets.get(name)) for name, a in averages.items()}
+        averages = {name: with_noise(a, noise) for name, a in averages.items()}
     return Method(averages, choices)
 
 

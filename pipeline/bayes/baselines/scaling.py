@@ -66,14 +66,14 @@ def fit_noise(averaged: Averaged, y: np.ndarray) -> float:
     return float(np.exp(found.x)) if np.isfinite(found.fun) else 1.0
 
 
-def with_noise(averaged: Averaged, factor: float, y: np.ndarray | None = None) -> Averaged:
-    """The average with the standard deviation of its noise multiplied; classifications have none and stay."""
-    if averaged.variance is None or averaged.mean is None:
-        return averaged
-    variance = averaged.variance * factor**2
-    nll = averaged.nll_draws if y is None else component_nll(averaged.mean, variance, y).mean(axis=0)
-    aleatoric = averaged.aleatoric * factor**2
-    return dataclasses.replace(averaged, aleatoric=aleatoric, variance=variance, nll_draws=nll)
+def with_noise(averaged: Averaged, factor: float) -> Averaged:
+    """The mixture of Gaussians with the standard deviation of its noise multiplied.
+
+    The NLL of single draws stays that of the likelihood: a draw alone has the misfit that the average removes.
+    """
+    assert averaged.variance is not None
+    scaled = {"variance": averaged.variance * factor**2, "aleatoric": averaged.aleatoric * factor**2}
+    return dataclasses.replace(averaged, **scaled)
 
 
 def rescale(averaged: Averaged, scale: float, y: np.ndarray | None = None) -> Averaged:
