@@ -194,7 +194,7 @@ class DeformationConfig(_Section):
     """Directions of the correction's basis (residual), or latent dimensions (metric)."""
     hidden: Widths = (128, 128)
     """Units of each hidden layer."""
-    steps: Annotated[int, values.integer(low=0)] = 400
+    steps: Annotated[int, values.integer(low=0)] = 800
     """Training steps, at most: held-out walks and the potential of draws stop them earlier."""
     likelihood_weight: Annotated[float | Literal["auto"], values.number(low=0, words=("auto",))] = "auto"
     """Weight of the mean potential of decoded random directions."""

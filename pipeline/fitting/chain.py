@@ -33,7 +33,7 @@ class Seen:
     held: Tensor
     """(w,) bool."""
     inputs: Tensor
-    """Of the linear correction and of the remainder, (w, p)."""
+    """Of the remainder, (w, p): see `Chain.seen`."""
     target: Tensor
     """U'(offset - v), (w, k)."""
     left: Tensor
@@ -165,10 +165,13 @@ def fit_chain(team: Team, walks: Walks, chain: Chain, selected: int, squares: li
             found.seen = seen if mark == selected else found.seen
         if not known and (small or mark + 1 == len(chain.marks)):
             team.save(mark, dict(chain.to_tensors()), {"step": 0, "curve": [], "squares": squares})
-        if mark + 1 < len(chain.marks):
-            for points in walks.at(mark):
-                direction, state = states.before(points, mark)
-                states.keep(points, chain.step(direction, state, mark))
+        for points in walks.at(mark) if mark == selected or mark + 1 < len(chain.marks) else ():
+            direction, before = states.before(points, mark)
+            state = chain.step(direction, before, mark)
+            if mark == selected and found.seen is not None:
+                found.seen.inputs[points.place] = chain.seen(state, direction.inside, mark)
+            if mark + 1 < len(chain.marks):
+                states.keep(points, state)
     return found
 
 
@@ -219,7 +222,8 @@ def _fit_point(team: Team, walks: Walks, chain: Chain, states: States, found: Fi
         team.sum([full, rest])
         found.squares.append([*full.tolist(), max(outside, 0.0), float(rest)])
     free = drift * chain.marks[mark]
-    return Seen(walks.held, _inputs(chain, drift, point, inside[-2]), target - free, left, potential)
+    told = chain.basis.new_zeros(count, 2 + 4 * k)  # filled when the states go on
+    return Seen(walks.held, told, target - free, left, potential)
 
 
 def _inputs(chain: Chain, drift: Tensor, point: Tensor, gradient: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ CHECKS = 20
 """Times that a training is judged."""
 SAVE_EVERY = 4
 """Judgements between checkpoints."""
-PATIENCE = 6
+PATIENCE = 12
 """Judgements without progress after which it stops."""
 LEARNING_RATE = 3e-3
 DECAY = 1e-2

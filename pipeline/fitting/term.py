@@ -44,7 +44,8 @@ class Term:
         with torch.no_grad():
             direction = chain.vector(self.model.free.directions(rng, count, chain.basis.dtype))
             _, state = chain.states(direction, self.model.radius)
-            return state.point.full + chain.theta_star, state.inputs(direction.inside)
+            inputs = chain.seen(state, direction.inside, chain.above(self.model.radius))
+            return state.point.full + chain.theta_star, inputs
 
     def fresh(self, step: int) -> tuple[Tensor, Tensor]:
         """Those of one training step. Never used again: a pool of 4096 was learned by heart."""

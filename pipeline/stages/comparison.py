@@ -90,11 +90,15 @@ class Comparison:
 
     def validation_rows(self, draws: Draws) -> np.ndarray:
         """The same row by row, (rows,)."""
-        y = torch.as_tensor(np.array(self.run.dataset.validation.y))
-        average = AveragedLikelihood(len(y))
+        return self._average_nll(draws, self.tensors["validation"], self.run.dataset.validation.y)
+
+    def _average_nll(self, draws: Draws, x: Any, y: np.ndarray) -> np.ndarray:
+        """NLL of the average of draws, (rows,), in nats and standardised units; infinite where it breaks."""
+        target = torch.as_tensor(np.array(y))
+        average = AveragedLikelihood(len(target))
         for start, theta in draws:
             problem = self.problems[start]
-            nll = draw_nll(problem.network, problem.likelihood, theta, self.tensors["validation"], y)
+            nll = draw_nll(problem.network, problem.likelihood, theta, x, target)
             average.add(np.where(np.isnan(nll), np.inf, nll))
         return average.rows()
 
@@ -105,6 +109,13 @@ class Comparison:
             potential = self.problems[start].potential
             rises.append((potential.nll(theta.to(potential.precision)) - self.star_nll[start]).double())
         value = float(torch.cat(rises).mean())
+        return value if np.isfinite(value) else np.inf
+
+    def average_rise(self, draws: Draws) -> float:
+        """Rise of the summed training NLL of the average of draws over the MAP estimates', in nats."""
+        train, network = self.run.dataset.train, self.problems[0].network
+        rows = self._average_nll(draws, to_tensors(train.x, network.dtype, network.device), train.y)
+        value = float(rows.sum()) - float(np.mean(self.star_nll))
         return value if np.isfinite(value) else np.inf
 
     @functools.cached_property

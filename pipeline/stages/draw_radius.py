@@ -12,6 +12,7 @@ from pipeline.bayes.deformation.base import Deformation
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 from pipeline.stages.comparison import Comparison
+from pipeline.stages.select import paired_scores
 
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
 """Candidates, relative to the walks' radius."""
@@ -21,15 +22,18 @@ EQUAL = 0.002
 """Scores that differ by less, relative to 0.5 + the best validation NLL in nats a row, are equal in practice."""
 LONG = 1_000_000
 SPARE = 1.1
-"""The NLL of draws may rise by so much more than that of the walks."""
+"""The NLL of the average may rise by so much more than the limit of the walks."""
 
 
 def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choice: dict[str, Any]) -> dict[str, Any]:
     """Walks reach a radius that a model may not have learned to reach: then it draws nearer to the MAP estimate.
 
-    Classification with validation rows: the largest share of the walks' radius whose validation NLL is as good as the
-    best, within `EQUAL`. Otherwise the largest at which the summed training NLL rises no more than that of the walks
-    does at their radius, or than gamma / 2.
+    Classification with validation rows: the largest share of the walks' radius whose validation NLL exceeds the best by
+    no more than `EQUAL` or the standard error of the paired difference: what is learned from walks at their radius
+    belongs there, unless it surely harms. Otherwise the largest at which the summed training NLL of the average of
+    draws rises no more than the mean over walks does at their radius, or than gamma / 2. It is the average that
+    predicts: a few draws that lie too high do it little harm, and draws that are too near to each other leave gaps
+    unseen.
 
     Returns:
         {"draw_radius", "draw_radius_curve": [{"radius", "validation_nll" or "nll_rise"}]}
@@ -41,19 +45,27 @@ def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choi
     radii = [share * float(choice["radius"]) for share in shares]
     curve: list[dict[str, Any]] = []
     if by_validation:
-        scores = np.array([c.validation_nll(_draws(c, models, radius)) for radius in radii])
-        curve = [{"radius": r, "validation_nll": _finite(s)} for r, s in zip(radii, scores.tolist(), strict=True)]
-        best = float(scores.min())
-        chosen = next(r for r, s in zip(radii, scores, strict=True) if s <= best + EQUAL * (0.5 + abs(best)))
+        scores = paired_scores(np.stack([c.validation_rows(_draws(c, models, radius)) for radius in radii]))
+        curve = [{"radius": radius} | score for radius, score in zip(radii, scores, strict=True)]
+        chosen = _furthest(curve)
     else:
-        limit = max(c.gamma / 2, SPARE * _rise_of_walks(choice))
+        limit = SPARE * max(c.gamma / 2, _rise_of_walks(choice))
         for radius in radii:
-            curve.append({"radius": radius, "nll_rise": c.mean_rise(_draws(c, models, radius))})
-            if curve[-1]["nll_rise"] <= limit:
+            curve.append({"radius": radius, "nll_rise": _finite(c.average_rise(_draws(c, models, radius)))})
+            if curve[-1]["nll_rise"] is not None and curve[-1]["nll_rise"] <= limit:
                 break
         chosen = float(curve[-1]["radius"])
-        curve = [{"radius": p["radius"], "nll_rise": _finite(p["nll_rise"])} for p in curve]
     return {"draw_radius": chosen, "draw_radius_curve": curve}
+
+
+def _furthest(curve: list[dict[str, Any]]) -> float:
+    """Radius of the first candidate, the candidates falling, that is not surely worse than the best one."""
+    known = [point for point in curve if point["validation_nll"] is not None]
+    if not known:
+        return float(curve[-1]["radius"])
+    best = min(point["validation_nll"] for point in known)
+    near = (p for p in known if p["validation_nll"] - best <= max(EQUAL * (0.5 + abs(best)), p["validation_se"] or 0.0))
+    return float(next(near)["radius"])
 
 
 def _draws(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:

@@ -130,6 +130,12 @@ class Chain:
         guess = self.before[mark].combine(parts, self.basis)
         return self.finish(self.looked(parts, guess, state, mark), direction, mark)
 
+    def seen(self, state: State, inside: Tensor, mark: int) -> Tensor:
+        """What the remainder is told, (n, 2 + 4 k): the inputs of the state, and one more look, at the point itself."""
+        gradient, rise = self.look(state.point.full + self.theta_star, mark)
+        level = (rise.clamp_min(0) / self.gamma).log1p().nan_to_num(0.0, 0.0).to(inside)
+        return torch.cat([state.inputs(inside), gradient @ self.basis.T, level[:, None]], dim=1)
+
     def states(self, direction: Vector, radius: float) -> tuple[State | None, State]:
         """States at the marks below and at or above a radius."""
         last, state = None, self.step(direction, None, 0)

@@ -2,8 +2,8 @@ r"""The default kind: a random direction is carried along the fiber in a few lea
 
 $$\phi(d, r) = \theta^* + p_r(d) + U' h(x(d), r)$$
 
-p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the last look saw,
-and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one normal vector, a few products with
+p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the chain saw last
+and the gradient at p itself, and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one normal vector, a few products with
 U and a fixed, small number of passes over a fixed sample of training rows.
 """
 
@@ -61,7 +61,9 @@ class Residual:
         if self.remainder is None or self.chain.above(radius) != self.chain.above(self.remainder.radius):
             return None
         weight = self.remainder.weight(radius)
-        return weight * self.remainder(state.inputs(inside)) if weight > 1e-3 else None
+        if weight <= 1e-3:
+            return None
+        return weight * self.remainder(self.chain.seen(state, inside, self.chain.above(radius)))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
