@@ -3,8 +3,8 @@ r"""The default kind: a random direction is carried along the fiber in a few lea
 $$\phi(d, r) = \theta^* + p_r(d) + U' h(x(d), r)$$
 
 p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the chain saw last
-and the gradient at p itself, and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one normal vector, a few products with
-U and a fixed, small number of passes over a fixed sample of training rows.
+and the gradient at p itself, and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one
+normal vector, a few products with U and a fixed, small number of passes over a fixed sample of training rows.
 """
 
 from __future__ import annotations
