@@ -54,6 +54,7 @@ def check_own(module: nn.Module, where: str, schema: DataSchema, outputs: int) -
         found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise InputError(
             f"{where} must return {outputs} outputs a row, shape (2, {outputs}) for 2 rows; it returned {found}"
+            f"{_way_out(first, outputs)}"
         )
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -95,6 +96,69 @@ def check_rows(network: Network, architecture: str, x: Any, what: str) -> None:
             raise InputError(f"{where} gives outputs that are not finite for {what} row {row}")
 
 
+def _way_out(first: Any, outputs: int) -> str:
+    if isinstance(first, Tensor):
+        one = outputs == 2 and tuple(first.shape) == (2, 1)
+        return ". For one output that is the logit of the second class, set likelihood.kind: bernoulli" if one else ""
+    return ". Return a tensor, a tuple that begins with it, or a dict that names it 'logits'"
+
+
+def check_gradient(network: Network, architecture: str, x: Any) -> None:
+    """Compare the gradient of a user's own network with differences of its outputs, on the first rows.
+
+    What is detached on the way, or has a derivative that is not its own, changes the outputs without a gradient that
+    could correct it, and the walk would leave the fiber without noticing.
+
+    Args:
+        network: It, in double precision, at the values to try.
+        architecture: The setting `model.architecture`; a built-in network is not tried.
+        x: Arrays with rows first.
+
+    Raises:
+        InputError: They differ, with the names of the parameters.
+    """
+    if not architecture.startswith("python:"):
+        return
+    x = to_tensors(take_rows(x, slice(0, 4)), network.dtype, network.device)
+    generator = torch_generator(stream(0, "gradient"))
+    # Off the very point: zeros, as in biases and empty pixels, lie on the kinks of ReLU.
+    theta = network.theta()
+    theta = theta + 1e-3 * torch.randn(theta.shape, generator=generator).to(theta)
+    direction = torch.randn(theta.shape, generator=generator).to(theta)
+    leaf = theta.clone().requires_grad_(True)
+    with torch.enable_grad(), off_stdout():
+        outputs = network.outputs(leaf, x)
+        weights = torch.randn(outputs.shape, generator=generator).to(theta)
+        slope = torch.autograd.grad((outputs * weights).sum(), leaf)[0] * direction
+    largest = float(outputs.detach().abs().max())
+
+    def agrees(part: Tensor) -> bool:
+        expected, along = float(slope[part].sum()), torch.zeros_like(theta)
+        along[part] = direction[part]
+        for step, tolerance in ((1e-6, 0.01), (1e-3, 0.1)):  # the second for what rounds to single precision
+            with torch.no_grad(), off_stdout():
+                ahead, behind = (network.outputs(theta + sign * step * along, x) for sign in (1, -1))
+            found = float(((ahead - behind) * weights).sum()) / (2 * step)
+            if abs(found - expected) <= tolerance * max(abs(found), abs(expected)) + 1e-7 * largest:
+                return True
+        return False
+
+    bounds = torch.arange(len(theta), device=theta.device)
+    if not agrees(bounds):
+        parts = zip(network.layout.names, bounds.split(network.layout.sizes), strict=True)
+        names = [name for name, part in parts if not agrees(part)]
+        raise InputError(
+            f"model.architecture: {architecture}: its outputs change with {_few(names)} in another way than their "
+            "gradient says, so that a walk could not be held on the fiber. Something in forward is detached "
+            "(torch.no_grad, .detach(), .item(), numpy) or has a gradient that is not its own; let the gradient pass, "
+            "or leave these parameters out with model.parameters"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "its parameters"
+
+
 def _check_layers(module: nn.Module, where: str) -> None:
     if next(module.parameters(), None) is None:
         raise InputError(f"{where}: the network has no parameters")
@@ -108,6 +172,12 @@ def _check_layers(module: nn.Module, where: str) -> None:
                 f"{where}: {name} normalises by the batch even in eval mode, so that rows depend on each other; "
                 "set track_running_stats=True or use LayerNorm or GroupNorm"
             )
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            raise InputError(
+                f"{where}: {name} has max_norm, which rewrites its weights whenever it is called; leave max_norm out"
+            )
+        if isinstance(layer, nn.Embedding):
+            layer.padding_idx = None  # it only hides the gradient of a row that the outputs may depend on
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{where}: no parameter has requires_grad, so that nothing is left to walk")
     module.float()
@@ -126,12 +196,20 @@ def _call(module: nn.Module, x: Any, where: str, what: str) -> Tensor:
         with torch.no_grad(), off_stdout(), plain_attention():
             result = call_module(module, x)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{where} does not take {what}: {cause(error)}") from error
+        raise InputError(f"{where} does not take {what}: {cause(error)}{_hint(error)}") from error
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
                 buffer.copy_(buffers[name])
     return result
+
+
+def _hint(error: BaseException) -> str:
+    text = str(error)
+    if "indices" in text and "Long" in text:  # the words of torch's embedding
+        return "; token numbers come as named inputs: arrays x.NAME of an npz file, or a mapping from a python: source"
+    fixed = "; parameters come in single and in double precision: in forward, use the number format of a parameter"
+    return fixed if "dtype" in text else ""
 
 
 def _check_repeats(module: nn.Module, example: Any, first: Tensor, where: str, rows: str) -> None:

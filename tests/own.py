@@ -95,11 +95,11 @@ def transformer() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """A GRU, read at its last step."""
+    """Recurrent layers, read at the last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: nn.RNNBase) -> None:
         super().__init__()
-        self.cell, self.head = nn.GRU(1, 5, batch_first=True), nn.Linear(5, 2)
+        self.cell, self.head = cell, nn.Linear(cell.hidden_size * (1 + cell.bidirectional), 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
@@ -108,7 +108,65 @@ class Recurrent(nn.Module):
 
 def recurrent() -> nn.Module:
     """A small recurrent classifier."""
-    return Recurrent()
+    return Recurrent(nn.LSTM(1, 4, batch_first=True, bidirectional=True))
+
+
+def stacked() -> nn.Module:
+    """Two GRU layers."""
+    return Recurrent(nn.GRU(1, 3, num_layers=2, batch_first=True, dropout=0.1))
+
+
+def plain_recurrent() -> nn.Module:
+    """The oldest kind."""
+    return Recurrent(nn.RNN(1, 4, batch_first=True))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        return slopes[0] * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class Opaque(nn.Module):
+    """A network with an operation that has a gradient of its own, which cannot be differentiated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(_Once.apply(self.inner(x.flatten(1))))
+
+
+def opaque() -> nn.Module:
+    """As many have it who write their own kernels."""
+    return Opaque()
+
+
+class Detached(nn.Module):
+    """The backbone runs without gradients, though its parameters ask for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(6, 10), nn.ReLU()), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        with torch.no_grad():
+            hidden = self.backbone(x)
+        return self.head(hidden)
+
+
+def detached() -> nn.Module:
+    """No walk can hold its backbone."""
+    return Detached()
 
 
 def trained(network: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module:

@@ -195,7 +195,7 @@ class TestOtherSources:
         np.savez(tmp_path / "t.npz", x=np.array([{}, {}], dtype=object), y=np.arange(2))
         assert "no npz file of plain arrays" in refused(source=f"npz:{tmp_path}/t.npz")
         np.savez(tmp_path / "u.npz", inputs=np.zeros(3))
-        assert "no array x" in refused(source=f"npz:{tmp_path}/u.npz")
+        assert "must hold one array x" in refused(source=f"npz:{tmp_path}/u.npz")
         np.savez(tmp_path / "v.npz", x=np.zeros((5, 2)), y=np.zeros(4))
         assert "5 rows of inputs and targets of shape (4,)" in refused(source=f"npz:{tmp_path}/v.npz")
         x = np.zeros((50, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.bayes.likelihood import Categorical
+from pipeline.bayes.params import Network
+from pipeline.bayes.plain import gradient_differences
+from pipeline.bayes.target import Potential
 from pipeline.cli import main
+from pipeline.data.schema import DataSchema, Part
 from pipeline.models import seeded
+from pipeline.own_network import check_gradient, check_own
 from pipeline.run import Run, load_run
 from pipeline.stages.export import export
 from pipeline.stages.predict import predict
@@ -101,3 +108,66 @@ def test_an_own_network_runs_keeps_its_fit_and_is_taken_back_into_plain_torch(
     assert len(every) == 24
     np.testing.assert_allclose(np.mean(every, axis=0), said, atol=1e-6)
     assert main(["verify", uri]) == 0
+
+
+def potential(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[Potential, Tensor]:
+    """U of an own network on noisy waves, and where it is."""
+    with seeded(stream(0, "init")):
+        network = Network(make(), dtype=dtype)
+    x, y = own.sequences()
+    parts = network, Categorical(2), torch.ones(network.dim, dtype=dtype)
+    return Potential(*parts, torch.as_tensor(x[:30]).to(dtype), torch.as_tensor(y[:30])), network.theta()
+
+
+@pytest.mark.parametrize("make", [own.recurrent, own.stacked, own.plain_recurrent, own.opaque])
+def test_curvature_products_are_exact_where_torch_lacks_derivatives(make: Callable[[], nn.Module]) -> None:
+    """Recurrent layers in single precision, and functions that are differentiable once: equal to differences."""
+    exact, theta = potential(make, torch.float64)
+    vectors = torch.as_tensor(stream(0, "vectors").standard_normal((3, len(theta))))
+    hessian = gradient_differences(exact, theta, vectors)
+    torch.testing.assert_close(exact.hvp(theta, vectors), hessian, rtol=1e-6, atol=1e-6)
+    step, root = 1e-5, exact.network.outputs(theta, exact.x)
+    for vector, product in zip(vectors, exact.gauss_newton(theta, vectors), strict=True):
+        ahead, behind = (exact.network.outputs(theta + sign * step * vector, exact.x) for sign in (1, -1))
+        tangent = (ahead - behind) / (2 * step)
+        curved = (exact.likelihood.curvature_product(root, tangent) * tangent).sum() + vector @ vector
+        torch.testing.assert_close(vector @ product, curved, rtol=1e-6, atol=0.0)
+    single, start = potential(make, torch.float32)
+    for name in ("hvp", "gauss_newton"):
+        found = getattr(single, name)(start, vectors.float())
+        expected = getattr(exact, name)(theta, vectors)
+        assert (found.double() - expected).norm() < 1e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("make", [own.recurrent, own.stacked, own.opaque])
+def test_many_outputs_at_once_are_those_of_one_after_the_other(make: Callable[[], nn.Module]) -> None:
+    """By batching where torch.func takes the network, and else in a loop."""
+    exact, theta = potential(make, torch.float64)
+    many = torch.stack([theta, 1.1 * theta, -theta])
+    each = torch.stack([exact.network.outputs(t, exact.x) for t in many])
+    torch.testing.assert_close(exact.network.outputs_many(many, exact.x), each)
+    assert exact.network.batches(exact.x) == (make is not own.opaque)
+
+
+def test_what_a_gradient_does_not_see_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backbone that runs without gradients would drift uncorrected; walking the head alone is fine."""
+    config = {"name": "no-grad", "data": {"source": "python:tests.own:table"}, **SETTINGS}
+    config |= {"model": {"architecture": "python:tests.own:detached"}, "storage": str(tmp_path / "runs")}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(tmp_path / "own.yaml"), "--serial", "-q"]) == 2
+    said = capsys.readouterr().err
+    assert "backbone.0.weight, backbone.0.bias in another way" in said and "model.parameters" in said
+    assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
+    network = Network(own.detached(), "head", torch.float64)
+    check_gradient(network, "python:tests.own:detached", own.table()[0])
+
+
+def test_a_padding_row_that_outputs_depend_on_has_a_gradient(tmp_path: Path) -> None:
+    """Torch hides the gradient of padding_idx, so that the walk could not correct that row."""
+    schema = DataSchema("classification", Part((6,), "int64", 1.0, np.zeros(()), np.ones(())))
+    model = nn.Sequential(nn.Embedding(4, 3, padding_idx=0), nn.Flatten(), nn.Linear(18, 2)).eval()
+    check_own(model, "model.architecture", schema, 2)
+    network = Network(model, dtype=torch.float64)
+    check_gradient(network, "python:tests.own:any", np.zeros((4, 6), dtype=np.int64))
+    leaf = network.theta().requires_grad_(True)
+    assert torch.autograd.grad(network.outputs(leaf, torch.zeros(1, 6).long()).sum(), leaf)[0][:3].abs().min() > 0

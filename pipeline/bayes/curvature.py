@@ -15,6 +15,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import take_rows
 
@@ -22,6 +23,9 @@ DENSE_WORK = 5e9
 """The whole matrix is formed when D^2 * rows is below this: a few seconds of one core."""
 DENSE_DIM = 3000
 """And when D is below this: its eigenvalues take a few seconds more."""
+DENSE_GENERAL = 500
+"""And when D is below this for networks that are no plain chain of layers: one product of a recurrent one or of a
+transformer takes as long as a hundred of a chain with as many parameters, and Lanczos asks for some hundred."""
 LANCZOS_DIM = 1_000_000
 """Above this D, no eigenpairs are sought: their basis would take more memory than the walks."""
 TRACE_ERROR = 0.05
@@ -70,7 +74,7 @@ def measure(
         return (potential.hvp(theta, vectors) - vectors * precision) * scale + vectors * precision
 
     dim = theta.numel()
-    if dim <= DENSE_DIM and dim * dim * potential.rows <= DENSE_WORK:
+    if _dense_pays(potential, dim):
         values, vectors = torch.linalg.eigh(_dense(hessian, theta))
         values, vectors = values.flip(0), vectors.flip(1).T
         k = min(rank, dim - 1)
@@ -105,7 +109,7 @@ def occam(potential: Potential, theta: Tensor, rng: np.random.Generator, scale: 
         scaled = vectors * root
         return (potential.gauss_newton(theta, scaled) - scaled * potential.precision) * (scale * root)
 
-    if dim <= DENSE_DIM and dim * dim * potential.rows <= DENSE_WORK:
+    if _dense_pays(potential, dim):
         values = torch.linalg.eigvalsh(_dense(whitened, theta)).clamp_min(0)
         return float((values / (1 + values)).sum()), float(values.log1p().sum())
     group, most, steps = (1, 1, 8) if dim > 1_000_000 else (3, 6, 20)
@@ -151,6 +155,11 @@ def _subset(potential: Potential, max_rows: int, rng: np.random.Generator) -> tu
         potential.network, potential.likelihood, potential.precision, x, y, row_batch=potential.row_batch
     )
     return smaller, potential.rows / max_rows
+
+
+def _dense_pays(potential: Potential, dim: int) -> bool:
+    chain = parse_chain(potential.network.module, dim) is not None
+    return dim <= (DENSE_DIM if chain else DENSE_GENERAL) and dim * dim * potential.rows <= DENSE_WORK
 
 
 def _dense(product: Product, theta: Tensor) -> Tensor:

@@ -193,7 +193,8 @@ def layer_elements(network: Network, x: Tree) -> int:
 
     def count(module: nn.Module, args: tuple, output: object) -> None:
         nonlocal total
-        total += output.numel() if isinstance(output, Tensor) else 0
+        parts = output if isinstance(output, tuple) else (output,)  # recurrent layers give their last state too
+        total += sum(part.numel() for part in parts if isinstance(part, Tensor))
 
     hooks = [m.register_forward_hook(count) for m in network.module.modules() if not any(m.children())]
     try:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from pipeline.bayes.attention import may_use_attention, plain_attention
+from pipeline.bayes.plain import differentiates_twice
 from pipeline.bayes.trees import Tree, take_rows
 from pipeline.errors import InputError
 
@@ -100,6 +101,8 @@ class Network:
         self._buffers = dict(module.named_buffers())
         self._writes: bool | None = None  # whether a call changes buffers; not known before the first
         self._batches: bool | None = None
+        self._twice: bool | None = None
+        self._inside = False  # whether many outputs at once are only to be had within a derivative
         self._attention = may_use_attention(module)
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
@@ -137,7 +140,7 @@ class Network:
         """Network outputs at many parameter vectors: (W, D) -> (W, rows, outputs); `chunk` of them at once."""
         if not self.batches(x):
             return torch.stack([self.outputs(t, x) for t in theta])
-        return vmap(lambda t: self.outputs(t, x), chunk_size=chunk, randomness="error")(theta)
+        return self._vmapped(theta, x, chunk)
 
     def batches(self, x: Tree) -> bool:
         """Whether torch.func can evaluate the network for many parameter vectors at once, and differentiate it twice.
@@ -153,13 +156,38 @@ class Network:
 
             both = torch.stack([theta, theta])
             try:
-                vmap(lambda t: self.outputs(t, few), randomness="error")(both)
                 vmap(lambda v: jvp(grad(loss), (theta,), (v,))[1], randomness="error")(both)
+                self._inside = not self._vmaps(both, few)
+                self._vmapped(both, few)
                 self._batches = True
             except Exception as error:  # noqa: BLE001 - whatever the user's code raises there, the plain form may work
                 log.info("Evaluated one by one: torch.func refuses the network (%s).", type(error).__name__)
                 self._batches = False
         return self._batches
+
+    def twice(self, x: Tree) -> bool:
+        """Whether plain autograd differentiates the gradient once more. Tried once, on the first two rows of x."""
+        if self._twice is None:
+            self._twice = differentiates_twice(self, self.theta(), take_rows(x, slice(0, 2)))
+            if not self._twice:
+                log.info("Curvature by differences: the gradient of the network cannot be differentiated.")
+        return self._twice
+
+    def _vmaps(self, theta: Tensor, x: Tree) -> bool:
+        try:
+            vmap(lambda t: self.outputs(t, x), randomness="error")(theta)
+        except RuntimeError:
+            return False
+        return True
+
+    def _vmapped(self, theta: Tensor, x: Tree, chunk: int | None = None) -> Tensor:
+        # Recurrent layers have no batching rule of their own; within a derivative torch takes them apart first.
+        inside = self._inside
+
+        def one(t: Tensor) -> Tensor:
+            return vjp(lambda u: self.outputs(u, x), t)[0] if inside else self.outputs(t, x)  # pyright: ignore[reportReturnType]
+
+        return vmap(one, chunk_size=chunk, randomness="error")(theta)
 
     def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
         """Complete state for `load_state_dict`, with theta (D,) in place of the selected parameters."""

@@ -1,6 +1,8 @@
 """Curvature products by plain autograd, one vector after the other, for networks that torch.func refuses.
 
-Slower than what `pipeline.bayes.target` does for all others, and the same numbers up to rounding.
+Slower than what `pipeline.bayes.target` does for all others, and the same numbers up to rounding. Where autograd has no
+second derivative, as for functions whose backward pass is not made of torch's own operations, differences of outputs
+and gradients take its place.
 """
 
 from __future__ import annotations
@@ -10,8 +12,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.bayes.trees import Tree
+
 if TYPE_CHECKING:
+    from pipeline.bayes.params import Network
     from pipeline.bayes.target import Potential
+
+STEPS = {torch.float64: 3e-5, torch.float32: 3e-3}
+"""Length of a difference's step on either side, in units of the parameters."""
+AGREE = 0.05
+"""Relative difference up to which a derivative and a difference count as the same."""
+
+
+def differentiates_twice(network: Network, theta: Tensor, x: Tree) -> bool:
+    """Whether autograd differentiates the gradient J'u by u. Some functions refuse, others drop it without a word."""
+    vector = torch.linspace(-1, 1, len(theta), dtype=theta.dtype, device=theta.device)
+    try:
+        (found,) = _tangents(network, theta, x, vector[None])
+    except RuntimeError:
+        return False
+    expected = _output_difference(network, theta, x, vector)
+    return bool((found - expected).norm() <= AGREE * expected.norm())
 
 
 def hessian_products(potential: Potential, theta: Tensor, vectors: Tensor) -> Tensor:
@@ -27,21 +48,57 @@ def hessian_products(potential: Potential, theta: Tensor, vectors: Tensor) -> Te
 
 
 def gauss_newton_products(potential: Potential, theta: Tensor, vectors: Tensor) -> Tensor:
-    """Gauss-Newton matrix of U times vectors, (D,), (k, D) -> (k, D).
-
-    J v is the derivative by u of u' J v, since reverse mode gives J' u only.
-    """
-    total = vectors * potential.precision
+    """Gauss-Newton matrix of U times vectors, (D,), (k, D) -> (k, D)."""
+    network, total = potential.network, vectors * potential.precision
     for x, _ in potential.pieces():
         leaf = theta.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            outputs = potential.network.outputs(leaf, x)
-            u = torch.zeros_like(outputs, requires_grad=True)
-            (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
-        for row, vector in zip(total, vectors, strict=True):
-            tangent = _pull(pulled, u, vector)
+            outputs = network.outputs(leaf, x)
+        if network.twice(x):
+            tangents = _tangents(network, theta, x, vectors)
+        else:
+            tangents = [_output_difference(network, theta, x, vector) for vector in vectors]
+        for row, tangent in zip(total, tangents, strict=True):
             row += _pull(outputs, leaf, potential.likelihood.curvature_product(outputs.detach(), tangent))
     return total
+
+
+def gradients(potential: Potential, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed NLL of some rows and the NLL, (W, D) -> (W, D), (W,)."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in theta:
+        leaf = start.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            nll = potential.piece_nll(leaf, x, y)
+            found.append((torch.autograd.grad(nll, leaf)[0], nll.detach()))
+    return torch.stack([gradient for gradient, _ in found]), torch.stack([nll for _, nll in found])
+
+
+def gradient_differences(potential: Potential, theta: Tensor, vectors: Tensor) -> Tensor:
+    """Hessian of U times vectors by central differences of gradients, (D,), (k, D) -> (k, D)."""
+    lengths = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+    steps = vectors * (STEPS[vectors.dtype] / lengths)
+    gradient = potential.nll_gradient(torch.cat([theta + steps, theta - steps]))[0]
+    ahead, behind = gradient.split(len(vectors))
+    return (ahead - behind) * (lengths / (2 * STEPS[vectors.dtype])) + vectors * potential.precision
+
+
+def _tangents(network: Network, theta: Tensor, x: Tree, vectors: Tensor) -> list[Tensor]:
+    """J v for each vector: the derivative by u of u' J v, since reverse mode gives J' u only."""
+    leaf = theta.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        outputs = network.outputs(leaf, x)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+    return [_pull(pulled, u, vector) for vector in vectors]
+
+
+def _output_difference(network: Network, theta: Tensor, x: Tree, vector: Tensor) -> Tensor:
+    """J v by a central difference of the outputs."""
+    length = STEPS[vector.dtype] / float(vector.norm())
+    with torch.no_grad():
+        ahead, behind = (network.outputs(theta + sign * length * vector, x) for sign in (1, -1))
+    return (ahead - behind) / (2 * length)
 
 
 def _pull(values: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ ROW_BATCH = 256
 DIFFERENCED = 1_000_000
 """Rows times parameters above which Hessian products are differences of gradients: the fast forms of those are several
 times faster than automatic differentiation twice over, and in float64 they agree to nine digits."""
-DIFFERENCE = 3e-5
-"""Length of the step on either side, in units of the parameters."""
 
 NllGradient = Callable[..., tuple[Tensor, Tensor]]
 """theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the NLL (W,); rows are indices of data rows."""
@@ -107,10 +105,12 @@ class Potential:
 
     def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """Hessian of U times vectors: (D,), (k, D) -> (k, D). Differences of gradients where there is much work."""
-        if theta.dtype == torch.float64 and self.rows * theta.numel() > DIFFERENCED:
+        batches = self.network.batches(self.x)
+        large = theta.dtype == torch.float64 and self.rows * theta.numel() > DIFFERENCED
+        if large or not (batches or self.network.twice(self.x)):
             chunk = max(1, min(16, (1 << 24) // theta.numel()))
-            return torch.cat([self._differences(theta, part) for part in vectors.split(chunk)])
-        if not self.network.batches(self.x):
+            return torch.cat([plain.gradient_differences(self, theta, part) for part in vectors.split(chunk)])
+        if not batches:
             return plain.hessian_products(self, theta, vectors)
         total = vectors * self.precision
         for x, y in self.pieces():
@@ -133,13 +133,6 @@ class Potential:
             total += vmap(product, chunk_size=32)(vectors)
         return total
 
-    def _differences(self, theta: Tensor, vectors: Tensor) -> Tensor:
-        lengths = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-        steps = vectors * (DIFFERENCE / lengths)
-        gradient = self.nll_gradient(torch.cat([theta + steps, theta - steps]))[0]
-        ahead, behind = gradient.split(len(vectors))
-        return (ahead - behind) * (lengths / (2 * DIFFERENCE)) + vectors * self.precision
-
     def piece_nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
         """Summed NLL of some rows at one parameter vector, a scalar in nats."""
         return self.likelihood.nll(self.network.outputs(theta, x), y).sum()
@@ -151,4 +144,6 @@ class Potential:
 
     def _reference_gradient(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
+        if not self.network.batches(x):
+            return plain.gradients(self, theta, x, y)
         return vmap(grad_and_value(lambda t: self.piece_nll(t, x, y)), chunk_size=32)(theta)

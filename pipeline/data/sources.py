@@ -108,15 +108,19 @@ def _npz(uri: str, setting: str) -> Raw:
     data = read_bytes(uri, setting)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("x", "y") if name in archive.files}
+            wanted = [name for name in archive.files if name in ("x", "y") or name.startswith("x.")]
+            arrays = {name: archive[name] for name in wanted}
             found = ", ".join(archive.files)
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
         pickled = "allow_pickle" in str(error)  # numpy's own words advise what must not be done here
         why = "it is no zip archive, or holds pickled objects; write it with numpy.savez" if pickled else cause(error)
         raise InputError(f"{setting}: {uri} is no npz file of plain arrays: {why}") from error
-    if "x" not in arrays:
-        raise InputError(f"{setting}: {uri} holds no array x (rows, ...); it holds {found or 'nothing'}")
-    return Raw(arrays["x"], arrays.get("y"))
+    named = {name[2:]: array for name, array in arrays.items() if name.startswith("x.")}
+    if ("x" in arrays) == bool(named):
+        raise InputError(
+            f"{setting}: {uri} must hold one array x (rows, ...), or named inputs x.NAME; it holds {found or 'nothing'}"
+        )
+    return Raw(named or arrays["x"], arrays.get("y"), tokens=bool(named))
 
 
 def _python(source: str, setting: str) -> Raw:

@@ -21,7 +21,7 @@ from pipeline.build import DTYPES, MAP_FILES, WIDE, build_network, build_potenti
 from pipeline.config import likelihood_kind
 from pipeline.errors import InputError, RunError
 from pipeline.executor import Executor
-from pipeline.own_network import check_rows
+from pipeline.own_network import check_gradient, check_rows
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -158,6 +158,7 @@ def _try_rows(run: Run, network: Network) -> None:
     splits = {"training": data.train.x, "validation": data.validation.x, "test": data.test.x}
     for name, x in (splits | data.ood).items():
         check_rows(network, run.config.model.architecture, x, name)
+    check_gradient(network, run.config.model.architecture, data.train.x)
 
 
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
