@@ -17,6 +17,7 @@ from tests.s3server import S3Server, weed_binary
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved by whatever else the machine does
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from pipeline.errors import InputError
 
 log = logging.getLogger("fiberwalk.ray")
 _CONNECT_SECONDS = 10
+_NICENESS = 5
+"""Of embedded workers. Ray's own 15 starves them beside anything else that computes; its daemons still go first."""
 
 
 @contextlib.contextmanager
@@ -46,6 +48,7 @@ def _connect(config: Config) -> None:
     _quieten()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", str(_NICENESS))
     # Ray asks for an environment variable of its own to be set for every new default.
     with warnings.catch_warnings(), _own_signals():
         warnings.simplefilter("ignore")

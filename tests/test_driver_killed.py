@@ -1,0 +1,73 @@
+"""A driver that dies while Ray Train fits the deformation: the next one goes on, and the results are the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import parse_config
+from pipeline.storage import Storage
+from tests.drivers import Driver, Drivers
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "name": "killed",
+    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
+    "model": {"hidden": [6]},
+    "map": {"steps": 300},
+    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "deformation": {"rank": 8, "hidden": [16], "steps": 400, "workers": 2},
+    "evaluation": {"draws": 16, "baselines": ["map"]},
+    "cluster": {"actors": 1},
+}
+KILLS = 2
+
+
+def checkpoints(storage: Storage) -> set[str]:
+    return {entry.path for entry in storage.list("deformation") if entry.path.endswith("facts.json")}
+
+
+def wait_for_checkpoint(driver: Driver, storage: Storage, known: set[str]) -> set[str]:
+    """Return the checkpoints once there is a new one."""
+    limit = time.monotonic() + 240
+    while driver.status is None and time.monotonic() < limit:
+        if found := checkpoints(storage) - known:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"no new checkpoint before the end: {driver.output()[-2000:]}")
+
+
+def result(storage: Storage) -> dict[str, bytes]:
+    """Bytes of all that is not about times and machines."""
+    kept = (".safetensors", ".parquet", "evaluation.json", "radius.json", "plan.json")
+    return {entry.path: storage.read(entry.path) for entry in storage.list() if entry.path.endswith(kept)}
+
+
+def test_a_driver_killed_in_ray_train_changes_nothing(root: str, tmp_path: Path) -> None:
+    results = {}
+    with Drivers(tmp_path) as drivers:
+        for name, kills in (("calm", 0), ("disturbed", KILLS)):
+            settings = {**SETTINGS, "storage": f"{root}/{name}"}
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+            storage = Storage.open(f"{root}/{name}/{parse_config(settings).run_id}")
+            known: set[str] = set()
+            for _ in range(kills):
+                driver = drivers.start(["run", str(path)])
+                known |= wait_for_checkpoint(driver, storage, known)
+                driver.send(signal.SIGKILL)
+                assert driver.wait() == -signal.SIGKILL
+                time.sleep(3)  # its cluster ends by itself
+                assert not storage.exists("deformation/deformation.json")
+                known |= checkpoints(storage)
+            driver = drivers.run(["run", str(path)], 300)
+            assert driver.status == 0, driver.output()[-2000:]
+            assert ("going on from a checkpoint" in driver.output()) == bool(kills)
+            results[name] = result(storage)
+    assert results["calm"].keys() == results["disturbed"].keys()
+    assert {n for n, data in results["calm"].items() if data != results["disturbed"][n]} == set()
