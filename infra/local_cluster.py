@@ -202,17 +202,22 @@ def main() -> None:
     """Run until interrupted."""
     parser = argparse.ArgumentParser(description="A Ray cluster and an S3 server on this machine.")
     parser.add_argument("--workers", type=int, default=2, help="worker nodes (default 2)")
+    parser.add_argument("--port", type=int, help="take ports from here on instead of 6399, 8299 and 52399")
     parser.add_argument("--cpus", type=int, default=2, help="logical processors of a worker node (default 2)")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), s3_server() as storage:
-        with LocalCluster(given.workers, given.cpus, environment=storage) as cluster:
+        ports = Ports(given.port, given.port + 1, given.port + 2) if given.port else Ports()
+        with LocalCluster(given.workers, given.cpus, ports, storage) as cluster:
             exports = {**storage, **cluster.client_environment}
             lines = [f"export {name}={value}" for name, value in exports.items()]
             lines.append(
                 f"fiberwalk submit configs/smoke.yaml --address {cluster.address} --storage s3://bucket/runs --wait"
             )
-            sys.stdout.write("\n".join(["In another terminal:", *lines, "Ctrl-C ends it.", ""]))
+            lost = "".join(
+                f"\nA worker node is lost with: kill -9 -- -{node.process.pid}" for node in cluster.nodes[1:]
+            )
+            sys.stdout.write("\n".join(["In another terminal:", *lines, f"{lost}\nCtrl-C ends it all.", ""]))
             sys.stdout.flush()
             signal.pause()
 

@@ -96,6 +96,7 @@ def submit(
     out.print(job_id)
     if wait:
         raise typer.Exit(jobs.follow(job_id, address, _write))
+    sys.stderr.write(jobs.what_now(job_id, address))
 
 
 @app.command()

@@ -18,11 +18,13 @@ from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
 from pipeline.bayes.plain import gradient_differences
 from pipeline.bayes.target import Potential
+from pipeline.bayes.trees import to_tensors
 from pipeline.cli import main
 from pipeline.data.schema import DataSchema, Part
 from pipeline.models import seeded
 from pipeline.own_network import check_gradient, check_own
 from pipeline.run import Run, load_run
+from pipeline.scale_free import scale_free, scale_note, shrinkage
 from pipeline.stages.export import export
 from pipeline.stages.predict import predict
 from pipeline.stages.select import MARGIN
@@ -40,6 +42,7 @@ CASES = {
     "mlp": ("table", {}),
     "conv": ("images", {}),
     "transformer": ("tokens", {"parameters": "head|linear2|norm2"}),
+    "whole_transformer": ("tokens", {}),
     "recurrent": ("sequences", {}),
     "last_layer": ("table", {"parameters": "head"}),
     "frozen": ("table", {}),
@@ -76,10 +79,12 @@ def test_an_own_network_runs_keeps_its_fit_and_is_taken_back_into_plain_torch(
 ) -> None:
     """The chosen radius predicts validation rows as well as the MAP or better, and plain torch agrees with us."""
     data, model = CASES[name]
-    make = {"last_layer": own.mlp}.get(name) or getattr(own, name)
+    make = {"last_layer": own.mlp, "whole_transformer": own.transformer}.get(name) or getattr(own, name)
     model = {"architecture": f"python:tests.own:{make.__name__}", **model}
     config = {"name": name.replace("_", "-"), "data": {"source": f"python:tests.own:{data}"}, "model": model}
     config |= {**SETTINGS, "storage": str(tmp_path / "runs")}
+    if name == "whole_transformer":
+        config |= {"prior": {"precision": {"head": 1.0, ".*": 1e-4}}}
     if name == "last_layer":
         x, y = own.table()
         x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
@@ -171,3 +176,46 @@ def test_a_padding_row_that_outputs_depend_on_has_a_gradient(tmp_path: Path) -> 
     check_gradient(network, "python:tests.own:any", np.zeros((4, 6), dtype=np.int64))
     leaf = network.theta().requires_grad_(True)
     assert torch.autograd.grad(network.outputs(leaf, torch.zeros(1, 6).long()).sum(), leaf)[0][:3].abs().min() > 0
+
+
+class Normalised(nn.Module):
+    """A layer before a normalisation written by hand, and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(6, 8), Unit(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(self.norm(self.inner(x)).tanh())
+
+
+class Unit(nn.Module):
+    """Rows to length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The row by its length."""
+        return 3 * x / x.norm(dim=-1, keepdim=True)
+
+
+def test_weights_without_a_scale_are_found_by_behaviour_and_the_note_names_the_way_out() -> None:
+    """Torch's LayerNorm and anybody's own; a plain network has none."""
+    x = torch.as_tensor(own.table()[0])
+    network = Network(Normalised(), dtype=torch.float64)
+    found = scale_free(network, x)
+    assert found == {"layers": ["norm"], "parameters": ["inner.weight", "inner.bias"]}
+    assert scale_free(Network(nn.Linear(6, 2), dtype=torch.float64), x) == {"layers": [], "parameters": []}
+    inputs, _ = own.tokens()
+    whole = scale_free(Network(own.Attention(), dtype=torch.float64), to_tensors(inputs))
+    assert whole["layers"] == ["encoder.layers.0.norm1", "encoder.layers.0.norm2"]
+    assert "table.weight" in whole["parameters"] and "head.weight" not in whole["parameters"]
+    start = network.theta()
+    shrunk = network.layout.split(start.clone())
+    shrunk = network.layout.join({name: part * (0.1 if "inner" in name else 1.0) for name, part in shrunk.items()})
+    factor = shrinkage(network, found["parameters"], start, shrunk)
+    assert factor == pytest.approx(0.1)
+    info = {"lambda_max": 1e6, "scale_free": {**found, "shrinkage": factor}}
+    note = scale_note(info, network.layout.to_json())
+    assert note is not None and "10 times (inner.weight, inner.bias)" in note
+    assert "{'head.weight': 1.0, 'head.bias': 1.0, '.*': 1.0e-04}" in note
+    assert scale_note({**info, "scale_free": {**found, "shrinkage": 0.8}}, network.layout.to_json()) is None

@@ -63,6 +63,18 @@ def submit(path: str, address: str, *, storage: str | None = None, overrides: Se
             )
 
 
+def what_now(job: str, address: str) -> str:
+    """Lines that say how to look after a job."""
+    client = _connect(address)
+    with _told(address, job):
+        told = client.get_job_info(job).metadata or {}
+    run = f"{told.get('storage', '').rstrip('/')}/{told.get('run_id', '')}"
+    return (
+        f"progress: fiberwalk status {run}\nits log:  fiberwalk logs {job} --address {address}\n"
+        f"end it:   fiberwalk stop {job} --address {address}\n"
+    )
+
+
 def follow(job: str, address: str, write: Callable[[str], None]) -> int:
     """Hand the job's log to `write` piece by piece until the job ends; return its exit status.
 
@@ -74,6 +86,9 @@ def follow(job: str, address: str, write: Callable[[str], None]) -> int:
     for attempt in range(_RECONNECTS + 1):
         try:
             seen = asyncio.run(_tail(client, job, write, seen))
+        except KeyboardInterrupt:
+            write(f"The job goes on by itself. End it with: fiberwalk stop {job} --address {address}\n")
+            raise
         except (TimeoutError, RuntimeError, OSError) as error:
             if attempt == _RECONNECTS:
                 raise RunError(

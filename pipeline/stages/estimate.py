@@ -25,6 +25,7 @@ from pipeline.own_network import check_gradient, check_rows
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.scale_free import scale_free, scale_note, shrinkage
 from pipeline.stages.constant import collapse_note
 from pipeline.stages.scale import Scale, choose_scale, noise_of, target_std
 
@@ -82,9 +83,9 @@ def _run_starts(run: Run, executor: Executor, progress: Progress, bar: Any, item
             f"MAP {item.start}: U = {info['potential']:.2f} nats, gradient {info['grad_norm']:.1e}, "
             f"largest curvature {info['lambda_max']:.3g}, gamma {info['gamma']:.1f} of {info['dim']} parameters{noise}"
         )
-        warning = collapse_note(run.config, run.dataset.train.y, info)
-        if warning:
-            progress.note(warning)
+        for warning in (collapse_note(run.config, run.dataset.train.y, info), scale_note(info, info["parameters"])):
+            if warning:
+                progress.note(warning)
 
 
 def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -103,6 +104,10 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     curvature = measure(potential, minimum.theta, rank, rng)
     _refuse_slope(run, settings.start, minimum, curvature)
     info = _describe(run, settings.start, network, minimum, curvature, noise, precision, how)
+    if run.config.model.architecture.startswith("python:"):
+        free = scale_free(network, potential.x)
+        shrunk = shrinkage(network, free["parameters"], network.theta(), minimum.theta)
+        info["scale_free"] = {**free, "shrinkage": shrunk} if free["layers"] else None
     folder = start_folder(settings.start)
     theta = save(_untied(network.state_dict(minimum.theta)))
     vectors = curvature_bytes(curvature, DTYPES[run.config.walk.dtype])
