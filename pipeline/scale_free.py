@@ -84,8 +84,8 @@ def scale_note(info: dict[str, Any], parameters: list[dict[str, Any]]) -> str | 
     only = f", or walk only what lies behind ({'|'.join(behind[:4])} in model.parameters)" if behind else ""
     return (
         f"Warning: the prior has shrunk weights before {_few(layers)} by {1 / max(free['shrinkage'], 1e-9):.0f} times "
-        f"({_few(names)}). Such layers ignore the scale of what they are given, so that nothing but the prior holds it, "
-        f"and small weights make the posterior narrow (largest curvature {info['lambda_max']:.1e}). Give them a weak "
+        f"({_few(names)}). These layers ignore the scale of what they are given, so that only the prior holds it, and "
+        f"small weights make the posterior narrow (largest curvature {info['lambda_max']:.1e}). Give them a weak "
         f"prior, prior.precision: {{{weak}}}{only}."
     )
 

@@ -148,8 +148,10 @@ def test_pods_take_credentials_from_a_secret_and_have_no_rights_to_spare() -> No
     for document in ray_clusters():
         for _, template in pods(document):
             (container,) = template["spec"]["containers"]
-            assert container["envFrom"] == [{"secretRef": {"name": "fiberwalk-storage", "optional": True}}]
-            assert not container.get("env")
+            assert not container.get("envFrom")
+            for variable in container["env"]:
+                secret = {"name": "fiberwalk-storage", "key": variable["name"], "optional": True}
+                assert variable["valueFrom"] == {"secretKeyRef": secret}
             assert template["spec"]["securityContext"]["runAsNonRoot"]
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"] == container["resources"]["requests"]
