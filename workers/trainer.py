@@ -7,6 +7,7 @@ its checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -29,8 +31,10 @@ from torch import Tensor, nn
 from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
 from pipeline.fitting.job import FitJob, Rows, batch_rows
-from pipeline.fitting.reading import COLUMNS, Kept, by_walk, keys_of, to_rows
+from pipeline.fitting.reading import Kept, by_walk, keys_of, stored_rows, to_rows
+from pipeline.plan import BlockKey
 from pipeline.run import Run
+from pipeline.storage import Storage
 from pipeline.store import SampleStore
 
 TASK_BYTES = 64 << 20
@@ -170,17 +174,26 @@ def _points(rank: int) -> str:
 
 
 def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
-    """The rows of one worker, read when it asks for them."""
+    """The rows of one worker, read through the store when it asks for them: its checks, its patience, its batches.
+
+    Ray's own reader asks for the footers of all files first, in processes of their own, and gives up where the store
+    waits.
+    """
     store = SampleStore.open(run.storage)
-    files, base = run.storage.arrow_filesystem()
     keys, entries = keys_of(store, job.start, rank, size), store.entries()
     if not keys:
         return ray.data.from_items([{"walk": -1}])
     tasks = max(1, sum(entries[key].size for key in keys) // TASK_BYTES)
-    paths = [f"{base}/{key.path}" for key in keys]
-    return ray.data.read_parquet(
-        paths, columns=COLUMNS, filesystem=files, partitioning=None, override_num_blocks=min(tasks, len(paths))
-    )
+    items = [{"shard": key.shard, "block": key.block} for key in keys]
+    blocks = ray.data.from_items(items, override_num_blocks=min(tasks, len(items)))
+    read = cast(Any, functools.partial(_rows_of, run.storage))
+    return blocks.map_batches(read, batch_size=None, batch_format="numpy")
+
+
+def _rows_of(storage: Storage, items: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of the blocks of one task."""
+    pairs = zip(items["shard"].tolist(), items["block"].tolist(), strict=True)
+    yield from stored_rows(SampleStore.open(storage), [BlockKey(shard, block) for shard, block in pairs])
 
 
 def _reason(error: BaseException) -> str:
