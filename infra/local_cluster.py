@@ -62,16 +62,22 @@ class Node:
         self.process.wait()
 
     def stop(self) -> None:
-        """Ask it to end, and end what is left after a while."""
-        family = self.family()
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        _, left = psutil.wait_procs(family, timeout=5)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
+        """Ask it and all that it started to end, and end what is left after a while."""
+        stop_all([self])
+
+
+def stop_all(nodes: list[Node]) -> None:
+    """End nodes at the same time: one after the other takes ten seconds each."""
+    family = [process for node in nodes for process in node.family()]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(family, timeout=5)
+    for process in [*family, *(process for node in nodes for process in node.family())]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for node in nodes:
+        node.process.wait()
 
 
 class LocalCluster:
@@ -117,8 +123,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End every process that was started here, and remove its files."""
-        for node in reversed(self.nodes):
-            node.stop()
+        stop_all(self.nodes)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start_node(self, options: list[str]) -> Node:
@@ -205,7 +210,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="take ports from here on instead of 6399, 8299 and 52399")
     parser.add_argument("--cpus", type=int, default=2, help="logical processors of a worker node (default 2)")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell lets what it starts in the background ignore the latter
+        signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), s3_server() as storage:
         ports = Ports(given.port, given.port + 1, given.port + 2) if given.port else Ports()
         with LocalCluster(given.workers, given.cpus, ports, storage) as cluster:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +268,14 @@ def test_the_s3_image_s_command_serves_its_one_user(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_a_node_ends_with_all_that_it_started_and_nothing_else() -> None:
+@pytest.mark.parametrize("end", [Node.kill, Node.stop])
+def test_a_node_ends_with_all_that_it_started_and_nothing_else(end: Callable[[Node], None]) -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     node = Node(subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & wait"], start_new_session=True))
     while len(node.family()) < 3:
         time.sleep(0.02)
     family = node.family()
-    node.kill()
+    end(node)
     _, left = psutil.wait_procs(family, timeout=5)
     assert not left and bystander.poll() is None
     bystander.kill()
