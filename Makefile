@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/fiberwalk run configs/digits.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

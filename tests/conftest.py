@@ -20,6 +20,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved by whatever else the machine does
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell parallel workers (`-n 2 --dist loadgroup`) what belongs together: modules, and all that needs a service.
+
+    Ray and the S3 server are started by one worker only.
+    """
+    for item in items:
+        shared = {"ray_cluster", "s3_server"} & set(getattr(item, "fixturenames", ()))
+        marked = any(item.get_closest_marker(name) for name in ("ray", "s3"))
+        item.add_marker(pytest.mark.xdist_group("services" if shared or marked else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """A Ray cluster with four logical CPUs, whatever the machine has; tests may add nodes and take them away."""
