@@ -96,6 +96,12 @@ def build_network(config: Config, schema: DataSchema, start: int, dtype: torch.d
     return Network(module, config.model.parameters, dtype, device_of(config))
 
 
+def bare_network(config: Config, schema: DataSchema, start: int, dtype: torch.dtype) -> Network:
+    """The configured network for a stored state: the file of `model.weights` need not be there, nor on every node."""
+    model = config.model.model_copy(update={"weights": None})
+    return build_network(config.model_copy(update={"model": model}), schema, start, dtype)
+
+
 def targets(rows: Rows, network: Network) -> Tensor:
     """Targets as the likelihood wants them: class numbers, or floating point."""
     y = torch.as_tensor(np.array(rows.y), device=network.device)
@@ -131,7 +137,7 @@ def _read_file(run: Run, start: int, info: dict[str, Any], name: str) -> bytes:
 
 def load_network(run: Run, start: int, dtype: torch.dtype) -> tuple[Network, Tensor]:
     """The network with the stored state of a MAP estimate, and theta*, (D,)."""
-    network = build_network(run.config, run.dataset.schema, start, dtype)
+    network = bare_network(run.config, run.dataset.schema, start, dtype)
     info = run.storage.read_json(f"{start_folder(start)}/map.json")
     state = load(_read_file(run, start, info, "theta.safetensors"))
     network.module.load_state_dict(state)

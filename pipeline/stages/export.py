@@ -135,7 +135,7 @@ def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
     import torch
     from safetensors.torch import load
 
-    from pipeline.build import build_network, start_folder
+    from pipeline.build import bare_network, start_folder
     from pipeline.data.schema import DataSchema
     from pipeline.run import stored_config
     from pipeline.storage import Storage
@@ -144,7 +144,7 @@ def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
     schema = DataSchema.from_json(storage.read_json("run.json")["data"])  # the data themselves need not be here
     networks = {}
     for start in sorted(set(selection.starts.tolist())):
-        networks[start] = build_network(config, schema, start, getattr(torch, selection.dtype))
+        networks[start] = bare_network(config, schema, start, getattr(torch, selection.dtype))
         networks[start].module.load_state_dict(load(storage.read(f"{start_folder(start)}/theta.safetensors")))
     chosen = {parameter.name for parameter in selection.parameters}
     complete = len(chosen) == len(next(iter(networks.values())).layout.names)
