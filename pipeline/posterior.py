@@ -156,7 +156,7 @@ class Posterior:
         """Predictive mean, aleatoric and epistemic uncertainty of new rows.
 
         Args:
-            x: A pyarrow table or arrays as the data source has them, before standardisation.
+            x: A pyarrow table, a pandas or polars frame, or arrays, as the data source has them, not standardised.
             draws: Posterior draws to average; None takes `evaluation.draws`.
             seed: Fixes the draws.
 

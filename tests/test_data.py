@@ -191,6 +191,31 @@ class TestOtherSources:
         np.testing.assert_allclose(channel.mean(axis=(0, 2, 3)), 0, atol=1e-6)
         np.testing.assert_allclose(channel.std(axis=(0, 2, 3)), 1, atol=1e-6)
 
+    def test_npz_of_named_inputs_keeps_token_numbers(self, tmp_path: Path) -> None:
+        ids, length = np.arange(40).reshape(20, 2) % 7, np.linspace(-1, 5, 20)[:, None]
+        np.savez(tmp_path / "t.npz", **{"x.ids": ids, "x.length": length, "y": np.arange(20) % 2})
+        data = load(source=f"npz:{tmp_path}/t.npz", validation=0.2, test=0.2)
+        assert data.schema.input_shape == {"ids": (2,), "length": (1,)}
+        x: Any = data.train.x
+        assert np.array_equal(x["ids"], ids[data.train.index]) and abs(x["length"].mean()) < 1e-6
+        np.savez(tmp_path / "both.npz", **{"x.ids": ids, "x": ids, "y": np.arange(20)})
+        assert "one array x (rows, ...), or named inputs x.NAME" in refused(source=f"npz:{tmp_path}/both.npz")
+
+    def test_frames_of_pandas_and_polars_are_tables(self, tmp_path: Path) -> None:
+        frame = table()
+        schema = load(source=csv(tmp_path / "t.csv", frame.to_csv(index=False)), target="y").schema
+        expected: Any = schema.encode(pa.Table.from_pandas(frame.drop(columns="y")))
+        part = frame[frame.a > frame.a.median()]  # its index has gaps
+        encoded: Any = schema.encode(frame)
+        assert np.array_equal(encoded, expected)
+        encoded = schema.encode(part)
+        assert np.array_equal(encoded, expected[part.index])
+        polars = pytest.importorskip("polars")
+        encoded = schema.encode(polars.from_pandas(frame))
+        assert np.array_equal(encoded, expected)
+        with pytest.raises(InputError, match="the column 'a' is missing"):
+            schema.encode(frame.rename(columns={"a": "A"}))
+
     def test_npz_never_unpickles(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "t.npz", x=np.array([{}, {}], dtype=object), y=np.arange(2))
         assert "no npz file of plain arrays" in refused(source=f"npz:{tmp_path}/t.npz")

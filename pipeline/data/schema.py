@@ -103,9 +103,9 @@ class DataSchema:
         return self.scale(self.select(raw, where))
 
     def select(self, raw: Any, where: str = "x") -> Inputs:
-        """The features of a table or raw arrays, checked, before any scaling. Raises InputError."""
-        if isinstance(raw, pa.Table):
-            raw = self._from_table(raw, where)
+        """The features of a table, a data frame or raw arrays, checked, before any scaling. Raises InputError."""
+        if hasattr(raw, "__arrow_c_stream__"):  # tables of pyarrow, pandas, polars and others
+            raw = self._from_table(raw if isinstance(raw, pa.Table) else pa.table(raw), where)
         elif not isinstance(raw, (dict, tuple)):
             raw = np.asarray(raw)
         self._check(raw, where)
