@@ -1,7 +1,8 @@
-"""Attention that can be differentiated twice, forward and backward, and for many networks at once.
+"""Attention and recurrence that can be differentiated twice, forward and backward, and for many networks at once.
 
 Torch's fused attention kernels have neither second derivatives nor forward-mode ones, so that curvature could not be
-computed for any transformer; the plain formula has them all.
+computed for any transformer; the plain formula has them all. CuDNN's recurrent layers have no second derivatives, and
+no first ones in eval mode.
 """
 
 from __future__ import annotations
@@ -31,3 +32,15 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def on_cudnn(module: nn.Module, device: torch.device) -> bool:
+    """Whether some layer would run on cuDNN's recurrent kernels."""
+    return device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in module.modules())
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Compute recurrent layers by torch's own kernels inside the block."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield

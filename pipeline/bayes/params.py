@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from pipeline.bayes.attention import may_use_attention, plain_attention
+from pipeline.bayes.attention import may_use_attention, on_cudnn, plain_attention, without_cudnn
 from pipeline.bayes.plain import differentiates_twice
 from pipeline.bayes.trees import Tree, take_rows
 from pipeline.errors import InputError
@@ -103,7 +103,7 @@ class Network:
         self._batches: bool | None = None
         self._twice: bool | None = None
         self._inside = False  # whether many outputs at once are only to be had within a derivative
-        self._attention = may_use_attention(module)
+        self._attention, self._cudnn = may_use_attention(module), on_cudnn(module, self.device)
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
         """The same network and the same walked parameters in another floating-point type; this one is used up."""
@@ -130,7 +130,8 @@ class Network:
         buffers = self._buffers
         if self._writes is not False:  # a module that counts its calls, say: every call begins with the stored state
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        with plain_attention() if self._attention else nullcontext():
+        attention = plain_attention() if self._attention else nullcontext()
+        with attention, without_cudnn() if self._cudnn else nullcontext():
             outputs = functional_call(self.module, (dict(parameters), self._fixed, buffers), args, kwargs)
         if self._writes is None:
             self._writes = any(buffer._version for buffer in buffers.values())
