@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
@@ -34,6 +35,9 @@ SAVE_EVERY = 4
 """Judgements between checkpoints."""
 PATIENCE = 12
 """Judgements without progress after which it stops."""
+GENERAL_STEPS = 150
+"""Training steps at most for networks without batched passes: a step asks for some 160 gradients, and one of a
+recurrent network takes tens of milliseconds."""
 LEARNING_RATE = 3e-3
 DECAY = 1e-2
 
@@ -51,6 +55,8 @@ def fit_remainder(
     walk_rise = float(rise[0] / rise[1].clamp_min(1))
     term = Term(run, problem, model, job, team, walk_rise)
     steps = _steps(settings.steps, problem.network.dim * (1 + len(model.chain.marks)))
+    if parse_chain(problem.network.module, problem.network.dim) is None:
+        steps = min(steps, GENERAL_STEPS)
     facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "steps": steps}
     if not steps or sums["count"] < 2:
         return facts | {"heldout_error_in_basis": sums["error"], "remainder": False, "curve": []}
