@@ -35,8 +35,10 @@ SLOW = 1e8
 """Parameters times rows from which a potential counts as slow."""
 TRIAL = 0.2
 """While noise or prior are being chosen, L-BFGS ends when a hundred iterations gain less, in nats."""
-POLISHING = 4
-"""Rounds of small first-order steps and L-BFGS for a network with kinks, where L-BFGS alone gets stuck."""
+POLISHING = 16
+"""Rounds of small first-order steps and L-BFGS, at most, for a network with kinks, where L-BFGS alone gets stuck."""
+RATES = (1e-1, 1e-2, 1e-3, 1e-4)
+"""Their learning rates relative to `map.learning_rate`, in turns."""
 BATCH_ABOVE = 1500
 """With `map.batch_size: full`, first-order steps still take minibatches of `BATCH` above this many rows."""
 BATCH = 500
@@ -217,7 +219,7 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
     for round_ in range(POLISHING):
         if _certified(best, tolerance, 0.5 * gamma if general else gamma):
             break
-        rate = run.config.map.learning_rate / 10 ** (1 + round_)
+        rate = run.config.map.learning_rate * RATES[round_ % len(RATES)]
         moved = first_order(potential, best.theta, 300, rate, 0, stream(run.config.seed, "polish", round_))
         found = certify(potential, quasi_newton(potential, moved, tolerance, steps, newton=False, enough=later))
         fall = best.potential - found.potential
