@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly. Everything else that is raised is a defect of ours."""
+"""The two ways in which a run ends badly, and a help for messages. All else that is raised is a defect of ours."""
 
 
 class InputError(Exception):
@@ -10,3 +10,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run failed on the way. Exit status 1; what is committed stays, and the message says how to go on."""
+
+
+def few(names: list[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are, for a message; empty for none."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

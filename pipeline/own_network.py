@@ -13,7 +13,7 @@ from pipeline.bayes.params import Network
 from pipeline.bayes.trees import leaves, row_count, take_rows, to_tensors
 from pipeline.data.arrays import map_arrays
 from pipeline.data.schema import DataSchema, Part
-from pipeline.errors import InputError
+from pipeline.errors import InputError, few
 from pipeline.own_code import cause, off_stdout
 from pipeline.streams import stream, torch_generator
 
@@ -146,17 +146,13 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
     bounds = torch.arange(len(theta), device=theta.device)
     if not agrees(bounds):
         parts = zip(network.layout.names, bounds.split(network.layout.sizes), strict=True)
-        names = [name for name, part in parts if not agrees(part)]
+        names = [name for name, part in parts if not agrees(part)] or ["its parameters"]
         raise InputError(
-            f"model.architecture: {architecture}: its outputs change with {_few(names)} in another way than their "
+            f"model.architecture: {architecture}: its outputs change with {few(names, 4)} in another way than their "
             "gradient says, so that a walk could not be held on the fiber. Something in forward is detached "
             "(torch.no_grad, .detach(), .item(), numpy) or has a gradient that is not its own; let the gradient pass, "
             "or leave these parameters out with model.parameters"
         )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "its parameters"
 
 
 def _check_layers(module: nn.Module, where: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.bayes.params import Network
 from pipeline.bayes.trees import Tree, take_rows
+from pipeline.errors import few
 from pipeline.own_code import off_stdout
 
 SHRUNK = 1 / 3
@@ -83,12 +84,8 @@ def scale_note(info: dict[str, Any], parameters: list[dict[str, Any]]) -> str | 
     weak = ", ".join([f"'{name}': 1.0" for name in behind[:4]] + [f"'.*': {WEAK:.1e}"])
     only = f", or walk only what lies behind ({'|'.join(behind[:4])} in model.parameters)" if behind else ""
     return (
-        f"Warning: the prior has shrunk weights before {_few(layers)} by {1 / max(free['shrinkage'], 1e-9):.0f} times "
-        f"({_few(names)}). These layers ignore the scale of what they are given, so that only the prior holds it, and "
+        f"Warning: the prior has shrunk weights before {few(layers)} by {1 / max(free['shrinkage'], 1e-9):.0f} times "
+        f"({few(names)}). These layers ignore the scale of what they are given, so that only the prior holds it, and "
         f"small weights make the posterior narrow (largest curvature {info['lambda_max']:.1e}). Give them a weak "
         f"prior, prior.precision: {{{weak}}}{only}."
     )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

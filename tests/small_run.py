@@ -26,6 +26,16 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"draws": 8},
 }
 
+TRAINED: dict[str, Any] = {
+    "name": "trainer",
+    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
+    "model": {"hidden": [6]},
+    "map": {"steps": 300},
+    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "deformation": {"rank": 8, "hidden": [16], "steps": 60, "workers": 2},
+}
+"""A run for tests of Ray Train."""
+
 
 @functools.cache
 def _planned() -> dict[str, bytes]:

@@ -14,16 +14,14 @@ import yaml
 from pipeline.config import parse_config
 from pipeline.storage import Storage
 from tests.drivers import Driver, Drivers
+from tests.small_run import TRAINED
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
+    **TRAINED,
     "name": "killed",
-    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
-    "model": {"hidden": [6]},
-    "map": {"steps": 300},
-    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
-    "deformation": {"rank": 8, "hidden": [16], "steps": 400, "workers": 2},
+    "deformation": TRAINED["deformation"] | {"steps": 400},
     "evaluation": {"draws": 16, "baselines": ["map"]},
     "cluster": {"actors": 1},
 }

@@ -21,22 +21,14 @@ from pipeline.stages.deform import deform, train_in_process
 from pipeline.stages.estimate import estimate
 from pipeline.stages.sample import sample
 from pipeline.stages.select import select
+from tests.small_run import TRAINED
 
 pytestmark = pytest.mark.ray
-
-SETTINGS = {
-    "name": "trainer",
-    "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
-    "model": {"hidden": [6]},
-    "map": {"steps": 300},
-    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
-    "deformation": {"rank": 8, "hidden": [16], "steps": 60, "workers": 2},
-}
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = prepare(parse_config({**SETTINGS, "storage": str(tmp_path_factory.mktemp("walks"))}))
+    run = prepare(parse_config({**TRAINED, "storage": str(tmp_path_factory.mktemp("walks"))}))
     claim(run)
     estimate(run, SerialExecutor(), LogProgress())
     sample(run, SerialExecutor(), LogProgress())

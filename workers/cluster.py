@@ -48,7 +48,6 @@ def _connect(config: Config) -> None:
     _quieten()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", str(_NICENESS))
     # Ray asks for an environment variable of its own to be set for every new default.
     with warnings.catch_warnings(), _own_signals():
         warnings.simplefilter("ignore")
@@ -86,6 +85,7 @@ def _job_address() -> str | None:
 
 
 def _start_embedded(config: Config) -> None:
+    os.environ.setdefault("RAY_worker_niceness", str(_NICENESS))
     # The environment, and with it the storage credentials, is inherited by the actors.
     ray.init(
         address="local",

@@ -12,7 +12,7 @@ from pipeline.bayes.deformation.base import Deformation
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 from pipeline.stages.comparison import Comparison
-from pipeline.stages.select import paired_scores
+from pipeline.stages.select import not_worse, paired_scores
 
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
 """Candidates, relative to the walks' radius."""
@@ -60,12 +60,13 @@ def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choi
 
 def _furthest(curve: list[dict[str, Any]]) -> float:
     """Radius of the first candidate, the candidates falling, that is not surely worse than the best one."""
-    known = [point for point in curve if point["validation_nll"] is not None]
-    if not known:
-        return float(curve[-1]["radius"])
-    best = min(point["validation_nll"] for point in known)
-    near = (p for p in known if p["validation_nll"] - best <= max(EQUAL * (0.5 + abs(best)), p["validation_se"] or 0.0))
-    return float(next(near)["radius"])
+    rising = curve[::-1]
+    scores = np.array([np.nan if p["validation_nll"] is None else p["validation_nll"] for p in rising])
+    if np.isnan(scores).all():
+        return float(rising[0]["radius"])
+    errors = np.array([p["validation_se"] or 0.0 for p in rising])
+    equal = EQUAL * (0.5 + abs(np.nanmin(scores)))
+    return float(rising[not_worse(scores, np.maximum(errors, equal))]["radius"])
 
 
 def _draws(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:

@@ -91,7 +91,7 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
         return {"radius": best, "rule": VALIDATION, "validation_radius": best}
     above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
     last = max(above.index(True) - 1 if True in above else len(above) - 1, 0)
-    held = last if best is None else _not_worse(scores[: last + 1], errors[: last + 1])
+    held = last if best is None else not_worse(scores[: last + 1], errors[: last + 1])
     return {
         "radius": float(curve[held]["radius"]),
         "rule": RISE if held == last else HELD_BACK,
@@ -99,8 +99,8 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
     }
 
 
-def _not_worse(scores: np.ndarray, errors: np.ndarray) -> int:
-    """Furthest point whose score exceeds the lowest by no more than its error.
+def not_worse(scores: np.ndarray, errors: np.ndarray) -> int:
+    """Index of the last point whose score exceeds the lowest by no more than its error.
 
     Validation rows inside the training range are blind to gaps, where longer walks help, but see a walk that harms.
     """

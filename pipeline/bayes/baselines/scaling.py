@@ -13,6 +13,7 @@ from pipeline.bayes.mixture import component_nll
 from pipeline.bayes.predictive import Averaged
 
 LARGEST_NOISE = float(np.log(20))
+"""Logarithm of the largest factor on the noise that is tried; the smallest is its inverse."""
 
 
 def _scaled_nll(log_scale: torch.Tensor, averaged: Averaged, y: torch.Tensor) -> torch.Tensor:
