@@ -58,7 +58,7 @@ study: $(BENCH_STAMP)
 	$(BIN)/python tests/bench/study.py
 
 campaign: $(STAMP)
-	$(BIN)/python tests/bench/fault_campaign.py
+	$(BIN)/python -m tests.bench.fault_campaign
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

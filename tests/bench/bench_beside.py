@@ -32,7 +32,7 @@ from pipeline.stages.estimate import estimate
 from pipeline.stages.sample import settle_plan
 from pipeline.store import SampleStore
 
-RECORDS = 72
+RECORDS = 144
 
 
 def prepare_run(folder: str) -> Run:
@@ -43,7 +43,7 @@ def prepare_run(folder: str) -> Run:
         "model": {"hidden": [1000]},
         "map": {"steps": 200, "tolerance": 1e6},
         "walk": {
-            **{"walks": 128, "walks_per_shard": 32, "length": 3.0, "steps": 2 * RECORDS, "record_every": 2},
+            **{"walks": 128, "walks_per_shard": 32, "length": 6.0, "steps": 2 * RECORDS, "record_every": 2},
             **{"correction": "plain"},
         },
         "deformation": {"kind": "none"},
