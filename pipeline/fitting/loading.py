@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation
-from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.gaussian import Gaussian, KeptPoints
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
@@ -37,7 +37,7 @@ def load_deformation(run: Run, start: int) -> Deformation:
         def points(radius: float) -> Iterator[Tensor]:
             return (torch.from_numpy(p.theta) for p in store.points(radius, start=start))
 
-        return Gaussian.from_tensors(tensors, points)
+        return Gaussian.from_tensors(tensors, KeptPoints(points))
     if "metric.radius" in tensors:
         from pipeline.bayes.deformation.metric import Metric
 
