@@ -112,7 +112,7 @@ def test_wrong_settings(sets: list[str], words: list[str], here: Path, capsys: A
         (lambda rows: [*rows[:5], "0.1,1", *rows[6:]], ["no table", "Expected 3 columns, got 2"]),
         (lambda rows: [rows[0], *(row[:-1] + "1" for row in rows[1:])], ["one class only", "'1'"]),
         (lambda rows: [rows[0], *(row + ".5" for row in rows[1:])], ["no class", "data.task: regression"]),
-        (lambda rows: rows[:3], ["rows"]),
+        (lambda rows: rows[:3], ["data.test", "2 rows"]),
         (lambda rows: rows[:1], ["no rows"]),
         (lambda rows: [], ["no rows"]),
     ],
