@@ -1,10 +1,8 @@
-"""Networks: built-in, brought along, initialised by a stream, checked before anything is computed."""
+"""Built-in networks: initialised by a stream, filled with weights that fit, checked before anything is computed."""
 
 from __future__ import annotations
 
 import math
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
-from torch.func import grad, jvp
 
-from pipeline.bayes.kernels import choose_form, nll_gradient
-from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
-from pipeline.bayes.target import Potential
 from pipeline.config import ModelConfig, parse_config
-from pipeline.data.schema import DataSchema, Part
 from pipeline.errors import InputError
 from pipeline.executor import SerialExecutor
-from pipeline.models import build_module, calibrate_batchnorm, call_module, load_weights
+from pipeline.models import build_module, calibrate_batchnorm, load_weights
 from pipeline.progress import LogProgress
 from pipeline.resnet import resnet18
 from pipeline.run import prepare
 from pipeline.stages.constant import collapse_note, constant_nll
 from pipeline.stages.estimate import estimate
 from pipeline.streams import stream
-
-
-def part(*shape: int, dtype: str = "float32") -> Part:
-    return Part(shape, dtype, 1.0, np.zeros(()), np.ones(()))
-
-
-def schema(*shape: int, parts: Any = None) -> DataSchema:
-    return DataSchema("classification", part(*shape) if parts is None else parts, classes=("a", "b", "c"))
-
-
-def build(shape: tuple[int, ...] = (5,), outputs: int = 3, seed: int = 0, **model: Any) -> nn.Module:
-    return build_module(ModelConfig(**model), schema(*shape), outputs, stream(seed, "init"))
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Write a module of the user's and name a function in it."""
-
-    def write(body: str) -> str:
-        name = f"own_{tmp_path.name}".replace("-", "_")
-        (tmp_path / f"{name}.py").write_text("import torch\nfrom torch import nn\n" + body)
-        monkeypatch.syspath_prepend(str(tmp_path))
-        return f"python:{name}:make"
-
-    return write
+from tests.networks import build, part, schema
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (8, 8), (2, 5, 7)])
@@ -111,204 +80,6 @@ def test_token_numbers_need_a_network_of_ones_own() -> None:
         build_module(ModelConfig(), schema(parts=part(4, dtype="int64")), 3, stream(0, "init"))
 
 
-CALLS = (
-    "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-    "        self.l = nn.Linear(5, 3)\n        self.register_buffer('calls', torch.zeros(1))\n"
-    "    def forward(self, x):\n"
-)
-"""A network of one layer and a buffer, without the body of its forward."""
-
-
-class TestOwnNetworks:
-    def test_a_factory_is_told_what_it_asks_for(self, own: Any) -> None:
-        spec = own("def make(outputs, inputs):\n    return nn.Linear(inputs[0], outputs)\n")
-        assert build((5,), outputs=4, architecture=spec)(torch.zeros(2, 5)).shape == (2, 4)
-
-    def test_without_arguments(self, own: Any) -> None:
-        assert build((5,), architecture=own("def make():\n    return nn.Linear(5, 3)\n")) is not None
-
-    def test_one_number_a_row_is_one_output(self, own: Any) -> None:
-        spec = own(
-            "class make(nn.Linear):\n"
-            "    def __init__(self):\n        super().__init__(5, 1)\n"
-            "    def forward(self, x):\n        return super().forward(x)[:, 0]\n"
-        )
-        assert build((5,), outputs=1, architecture=spec)(torch.zeros(2, 5)).shape == (2, 1)
-
-    @pytest.mark.parametrize(
-        ("body", "words"),
-        [
-            ("def other():\n    pass\n", ["has no make"]),
-            ("make = 3\n", ["not a function"]),
-            ("def make():\n    return 3\n", ["must return a torch.nn.Module", "int"]),
-            ("def make():\n    raise KeyError('lost')\n", ["failed: KeyError: 'lost'"]),
-            ("def make(depth):\n    return nn.Linear(5, 3)\n", ["failed: TypeError", "depth"]),
-            ("def make():\n    return nn.Linear(5, 7)\n", ["must return 3 outputs", "(2, 7)"]),
-            ("def make():\n    return nn.Linear(4, 3)\n", ["does not take rows of shape (5,)"]),
-            ("def make():\n    return nn.Tanh()\n", ["no parameters"]),
-            ("import sys\n\ndef make():\n    sys.exit(3)\n", ["failed: SystemExit: 3"]),
-            (CALLS + "        return self.l(x + torch.randn_like(x))\n", ["other outputs when it is called again"]),
-            (CALLS + "        return self.l(x - x.mean(0))\n", ["depend on the rows beside it"]),
-            (CALLS + "        return self.l(x).detach()\n", ["cannot be differentiated"]),
-            (CALLS + "        return x[:, :3] + 0 * self.l(x).relu_().mul_(2)\n", ["cannot be differentiated"]),
-            ("def make():\n    return nn.Linear(5, 3).requires_grad_(False)\n", ["no parameter has requires_grad"]),
-            (
-                "def make():\n    net = nn.Linear(5, 3)\n    net.bias.data.fill_(float('nan'))\n    return net\n",
-                ["bias begins with values that are not finite"],
-            ),
-            (
-                "def make():\n    net = nn.Linear(5, 3)\n    net.c = nn.Parameter(torch.zeros(2, dtype=torch.cfloat))\n"
-                "    return net\n",
-                ["c is complex"],
-            ),
-            ("import absent_package\n", ["does not import", "ModuleNotFoundError"]),
-            ("def make(:\n", ["does not import", "SyntaxError"]),
-            (
-                "def make():\n    norm = nn.BatchNorm1d(3, track_running_stats=False)\n"
-                "    return nn.Sequential(nn.Linear(5, 3), norm)\n",
-                ["1 normalises by the batch", "track_running_stats"],
-            ),
-        ],
-    )
-    def test_what_cannot_be_used_is_named_in_one_line(self, body: str, words: list[str], own: Any) -> None:
-        with pytest.raises(InputError) as error:
-            build((5,), architecture=own(body))
-        assert "\n" not in str(error.value)
-        for word in words:
-            assert word in str(error.value)
-
-    def test_control_flow_that_depends_on_values_gives_the_same_derivatives(self, own: Any) -> None:
-        """torch.func cannot evaluate it for many networks at once; plain autograd can, one by one."""
-        branch = CALLS + "        h = torch.tanh(self.l(x))\n        return h if h.sum().item() > 1e9 else 2 * h\n"
-        module = build(architecture=own(branch))
-        plain = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3, bias=False))
-        plain.load_state_dict({"0.weight": module.l.weight, "0.bias": module.l.bias, "2.weight": 2 * torch.eye(3)})  # pyright: ignore
-        x, y = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(20) % 3
-        potentials = []
-        for network in (Network(module, dtype=torch.float64), Network(plain, "0", torch.float64)):
-            form = choose_form(network.module, 20, network.dim, "cpu", batches=network.batches(x))
-            kernel = nll_gradient(network, Categorical(3), x, y, form=form)
-            potentials.append(Potential(network, Categorical(3), torch.ones(18).double(), x, y, kernel, row_batch=7))
-            assert (form == "loop") == (network.module is module)
-        theta = torch.stack([potentials[0].network.theta(), 0.5 * potentials[0].network.theta()])
-        vectors = torch.randn(4, 18, generator=torch.Generator().manual_seed(1)).double()
-        for one, other in (
-            [p.gradient(theta)[0] for p in potentials],
-            [p.value(theta) for p in potentials],
-            [p.hvp(theta[0], vectors) for p in potentials],
-            [p.gauss_newton(theta[0], vectors) for p in potentials],
-            [p.network.outputs_many(theta, x) for p in potentials],
-        ):
-            torch.testing.assert_close(one, other)
-
-    def test_a_module_that_counts_its_calls_is_the_same_function_at_every_call(self, own: Any) -> None:
-        body = "        self.calls += 1\n        return self.l(x) * self.calls\n"
-        network = Network(build(architecture=own(CALLS + body)))
-        x = torch.ones(2, 5)
-        first = network.outputs(network.theta(), x)
-        assert torch.equal(network.outputs(network.theta(), x), first) and network.batches(x)
-        assert float(network.module.calls) == 0  # pyright: ignore
-        torch.func.grad(lambda t: network.outputs(t, x).sum())(network.theta())
-
-    def test_what_the_user_froze_stays_frozen(self, own: Any) -> None:
-        net = "    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))\n    net[0].requires_grad_(False)\n"
-        network = Network(build(architecture=own(f"def make():\n{net}    return net\n")))
-        assert network.layout.names == ("2.weight", "2.bias")
-        assert network.in_dtype(torch.float64).layout.names == ("2.weight", "2.bias")
-
-    def test_what_it_prints_does_not_mix_with_results(self, own: Any, capsys: Any) -> None:
-        body = "def make():\n    print('building')\n    return nn.Linear(5, 3)\n"
-        build(architecture=own("print('importing')\n" + body))
-        assert capsys.readouterr() == ("", "")
-
-    @pytest.mark.parametrize("dtype", ["half", "bfloat16", "double"])
-    def test_any_floating_type_becomes_single_precision(self, dtype: str, own: Any) -> None:
-        net = f"nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).{dtype}())"
-        module = build(architecture=own(f"def make():\n    return {net}\n"))
-        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-
-    def test_a_module_that_does_not_exist(self) -> None:
-        with pytest.raises(InputError, match="python:nowhere.at_all:make does not import"):
-            build(architecture="python:nowhere.at_all:make")
-
-    def test_mappings_go_by_name_and_tuples_by_position(self, own: Any) -> None:
-        spec = own(
-            "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            "        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)\n"
-            "    def forward(self, ids, weight):\n"
-            "        return self.head((self.table(ids) * weight[..., None]).mean(1)), 'rest'\n"
-        )
-        parts = {"ids": part(6, dtype="int64"), "weight": part(6)}
-        for structure in (parts, tuple(parts.values())):
-            module = build_module(ModelConfig(architecture=spec), schema(parts=structure), 3, stream(0, "init"))
-            ids, weight = torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6)
-            x = {"weight": weight, "ids": ids} if isinstance(structure, dict) else (ids, weight)
-            assert call_module(module, x).shape == (2, 3)
-
-    def test_dropout_is_off(self, own: Any) -> None:
-        module = build(architecture=own("def make():\n    return nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5))\n"))
-        x = torch.randn(4, 5)
-        assert torch.equal(module(x), module(x))
-
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    def test_a_hugging_face_classifier(self, attention: str, own: Any) -> None:
-        """Names of parameters stay as they are, outputs are the logits, and many networks evaluate at once."""
-        pytest.importorskip("transformers")
-        spec = own(
-            "from transformers import BertConfig, BertForSequenceClassification\n"
-            "def make(outputs):\n"
-            "    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,\n"
-            "        intermediate_size=16, max_position_embeddings=8, num_labels=outputs)\n"
-            f"    config._attn_implementation = {attention!r}\n"
-            "    return BertForSequenceClassification(config)\n"
-        )
-        parts = {"input_ids": part(6, dtype="int64"), "attention_mask": part(6, dtype="int64")}
-        module = build_module(ModelConfig(architecture=spec), schema(parts=parts), 3, stream(0, "init"))
-        assert "classifier.weight" in module.state_dict()
-        mask = torch.ones(4, 6, dtype=torch.int64)
-        mask[:, 4:] = 0
-        x = {"input_ids": torch.arange(24).reshape(4, 6) % 20, "attention_mask": mask}
-        network = Network(module, "classifier|attention")
-        theta = torch.stack([network.theta(), 1.1 * network.theta()])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a fallback without a batching rule would warn
-            many = network.outputs_many(theta, x)
-        assert many.shape == (2, 4, 3)
-        torch.testing.assert_close(many[1], network.outputs(theta[1], x), rtol=1e-5, atol=1e-6)
-        pickle.loads(pickle.dumps(module))
-
-    @pytest.mark.parametrize("attention", ["sdpa", "torch"])
-    def test_transformers_have_curvature(self, attention: str, own: Any) -> None:
-        """Fused attention has no second and no forward derivatives; the networks that we evaluate must have both."""
-        if attention == "sdpa":
-            attend = "torch.nn.functional.scaled_dot_product_attention(h, h, h)"
-        else:
-            attend = "self.layer(h)"
-        spec = own(
-            "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            "        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)\n"
-            "        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)\n"
-            f"    def forward(self, ids):\n        h = self.table(ids)\n        return self.head({attend}.mean(1))\n"
-        )
-        tokens = schema(parts=part(6, dtype="int64"))
-        network = Network(
-            build_module(ModelConfig(architecture=spec), tokens, 3, stream(0, "init")), dtype=torch.float64
-        )
-        x, theta = torch.arange(24).reshape(4, 6) % 9, network.theta()
-
-        def loss(t: torch.Tensor) -> torch.Tensor:
-            return network.outputs(t, x).square().sum()
-
-        direction = torch.ones_like(theta)
-        forward_over_reverse = jvp(grad(loss), (theta,), (direction,))[1]
-        reverse_over_reverse = grad(lambda t: grad(loss)(t) @ direction)(theta)
-        torch.testing.assert_close(forward_over_reverse, reverse_over_reverse)
-        slope = jvp(lambda t: network.outputs(t, x), (theta,), (direction,))[1]
-        h = 1e-6
-        difference = (network.outputs(theta + h * direction, x) - network.outputs(theta - h * direction, x)) / (2 * h)
-        torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
-
-
 class TestBatchNorm:
     def test_calibration_sets_the_statistics_of_the_rows(self) -> None:
         module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
@@ -337,11 +108,12 @@ class TestBatchNorm:
 
 class TestWeights:
     def test_the_saved_network_comes_back(self, tmp_path: Path) -> None:
-        first, second = build(seed=1), build(seed=2)
+        first = build(seed=1)
         save_file(first.state_dict(), tmp_path / "w.safetensors")
-        load_weights(second, str(tmp_path / "w.safetensors"))
-        torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
-        load_weights(second, f"file://{tmp_path}/w.safetensors")
+        for address in (f"{tmp_path}/w.safetensors", f"file://{tmp_path}/w.safetensors"):
+            second = build(seed=2)
+            load_weights(second, address)
+            torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
     def test_tied_weights_may_be_stored_once(self, tmp_path: Path) -> None:
         def tied() -> nn.Sequential:
@@ -357,9 +129,10 @@ class TestWeights:
 
     def test_counters_of_batchnorm_may_be_absent(self, tmp_path: Path) -> None:
         module = nn.BatchNorm1d(3)
-        state = {name: value for name, value in module.state_dict().items() if "num_batches" not in name}
+        state = {name: value + 1 for name, value in module.state_dict().items() if "num_batches" not in name}
         save_file(state, tmp_path / "w.safetensors")
         load_weights(module, str(tmp_path / "w.safetensors"))
+        torch.testing.assert_close({name: module.state_dict()[name] for name in state}, state, rtol=0, atol=0)
 
     @pytest.mark.parametrize(
         ("change", "words"),
