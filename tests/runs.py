@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import parse_config
+from pipeline.config import Config, parse_config
 from pipeline.executor import SerialExecutor
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
@@ -65,6 +66,15 @@ def moons():
     return make_moons(150, noise=0.25, random_state=0)
 
 
+def walked(config: Config) -> Run:
+    """A new run up to its last walk, in this process."""
+    run = prepare(config)
+    claim(run)
+    estimate(run, SerialExecutor(), LogProgress())
+    sample(run, SerialExecutor(), LogProgress())
+    return run
+
+
 def stages(run: Run) -> None:
     """All stages in this process, with the one thread that a run takes by default: rounding depends on their number."""
     torch.set_num_threads(1)
@@ -86,11 +96,16 @@ def finished(name: str) -> Run:
     return run
 
 
-def copy_of(name: str, place: Path, *without: str) -> Run:
-    """A copy of a finished run in another place, without some of its objects."""
-    run = finished(name)
+def moved(run: Run, place: Path) -> Run:
+    """A copy of a run in another place."""
     target = place / run.config.run_id
     shutil.copytree(run.uri, target)
+    return dataclasses.replace(run, storage=Storage.open(str(target)))
+
+
+def copy_of(name: str, place: Path, *without: str) -> Run:
+    """A copy of a finished run in another place, without some of its objects."""
+    run = moved(finished(name), place)
     for path in without:
-        (target / path).unlink()
-    return Run(run.config, Storage.open(str(target)), run.dataset)
+        run.storage.delete(path)
+    return run

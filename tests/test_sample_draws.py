@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import parse_config
 from pipeline.errors import InputError
 from pipeline.posterior import Posterior
 from pipeline.stages.export import export
 from pipeline.stages.sample_draws import sample_draws
 from pipeline.store import SampleStore
-from tests.runs import copy_of, finished
+from tests.runs import CONFIGS, copy_of, finished, walked
 
 
 def theta_of(path: Path) -> np.ndarray:
@@ -80,19 +81,8 @@ def test_code_of_a_stored_configuration_runs_only_when_it_is_trusted(tmp_path: P
 
 
 def test_a_state_dict_has_the_frozen_parameters_of_its_own_start(tmp_path: Path) -> None:
-    from pipeline.config import parse_config
-    from pipeline.executor import SerialExecutor
-    from pipeline.progress import LogProgress
-    from pipeline.run import claim, prepare
-    from pipeline.stages.estimate import estimate
-    from pipeline.stages.sample import sample
-    from tests.runs import CONFIGS
-
     model = {"hidden": [6], "parameters": "^3"}
-    run = prepare(parse_config({**CONFIGS["classes"], "model": model, "storage": str(tmp_path), "name": "last"}))
-    claim(run)
-    estimate(run, SerialExecutor(), LogProgress())
-    sample(run, SerialExecutor(), LogProgress())
+    run = walked(parse_config({**CONFIGS["classes"], "model": model, "storage": str(tmp_path), "name": "last"}))
     export(run.uri, "safetensors", str(tmp_path / "points"), thin=8)
     plan = SampleStore.open(run.uri).plan
     for shard in plan.shards():

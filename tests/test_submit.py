@@ -16,13 +16,9 @@ import pytest
 from infra.local_cluster import LocalCluster, Ports
 from pipeline.config import load_config
 from pipeline.errors import InputError
-from pipeline.executor import SerialExecutor
-from pipeline.progress import LogProgress
-from pipeline.run import claim, prepare
-from pipeline.stages.estimate import estimate
-from pipeline.stages.sample import sample
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
+from tests.runs import walked
 from tests.s3server import KEY, SECRET, S3Server, free_ports
 
 SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
@@ -84,10 +80,7 @@ def test_a_job_that_loses_a_node_ends_with_the_serial_store_and_a_second_one_fin
     blocks = len(store.plan.shards()) * store.plan.blocks_per_shard
     assert before < blocks == committed(uri)
 
-    reference = prepare(load_config(SMOKE, [*LONGER, f"storage={json.dumps(str(tmp_path))}"]))
-    claim(reference)
-    estimate(reference, SerialExecutor(), LogProgress())
-    sample(reference, SerialExecutor(), LogProgress())
+    reference = walked(load_config(SMOKE, [*LONGER, f"storage={json.dumps(str(tmp_path))}"]))
     assert store.digest() == SampleStore.open(reference.uri).digest()
     assert {entry.path for entry in store.storage.list()} >= {"evaluation.json", "report.html"}
     assert store.storage.read_json("deformation/deformation.json")["workers"] == 2

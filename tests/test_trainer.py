@@ -1,8 +1,6 @@
 """Ray Train: two workers fit what one process fits, and a worker that is killed changes nothing."""
 
-import dataclasses
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,31 +12,21 @@ import torch
 from safetensors.torch import load
 
 from pipeline.config import parse_config
-from pipeline.executor import SerialExecutor
 from pipeline.progress import LogProgress
-from pipeline.run import Run, claim, prepare
+from pipeline.run import Run
 from pipeline.stages.deform import deform, train_in_process
-from pipeline.stages.estimate import estimate
-from pipeline.stages.sample import sample
 from pipeline.stages.select import select
+from tests.runs import moved, walked
 from tests.small_run import TRAINED
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = prepare(parse_config({**TRAINED, "storage": str(tmp_path_factory.mktemp("walks"))}))
-    claim(run)
-    estimate(run, SerialExecutor(), LogProgress())
-    sample(run, SerialExecutor(), LogProgress())
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = walked(parse_config({**TRAINED, "storage": str(tmp_path_factory.mktemp("walks"))}))
     select(run, LogProgress())
     return run
-
-
-def copy(run: Run, folder: Path) -> Run:
-    shutil.copytree(run.uri, folder / Path(run.uri).name)
-    return dataclasses.replace(run, storage=type(run.storage).open(str(folder / Path(run.uri).name)))
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -79,11 +67,11 @@ def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.fixture(scope="module")
-def disturbed(ray_cluster: None, walked: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def disturbed(ray_cluster: None, walks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     import workers.trainer
 
     folder = tmp_path_factory.mktemp("disturbed")
-    run, marks = copy(walked, folder / "runs"), folder / "marks"
+    run, marks = moved(walks, folder / "runs"), folder / "marks"
     marks.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers.trainer, "_WORKER", killing_once(marks))
@@ -95,10 +83,10 @@ def disturbed(ray_cluster: None, walked: Run, tmp_path_factory: pytest.TempPathF
 
 
 def test_two_workers_one_of_them_killed_learn_what_one_process_learns(
-    walked: Run, disturbed: Run, tmp_path: Path
+    walks: Run, disturbed: Run, tmp_path: Path
 ) -> None:
     """The linear cores are the same sums but for rounding; the remainder depends on the number of workers."""
-    serial = copy(walked, tmp_path)
+    serial = moved(walks, tmp_path)
     deform(serial, train_in_process, LogProgress())
     for name in ("heldout_error_linear", "heldout_error_outside_basis", "basis_captures", "walk_potential_rise"):
         assert facts(disturbed)[name] == pytest.approx(facts(serial)[name], rel=1e-2), name
@@ -107,10 +95,10 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_learns(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(walked: Run, disturbed: Run, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing(walks: Run, disturbed: Run, tmp_path: Path) -> None:
     import workers.trainer
 
-    calm = copy(walked, tmp_path)
+    calm = moved(walks, tmp_path)
     deform(calm, workers.trainer.train, LogProgress())
     before, after = weights(calm), weights(disturbed)
     assert before.keys() == after.keys()
