@@ -11,21 +11,6 @@ from scipy import stats
 FALSE_ALARM = 1e-6
 
 
-def assert_mean(draws: np.ndarray, expected: float, *, false_alarm: float = FALSE_ALARM) -> None:
-    """Fail if independent draws disagree with `expected` beyond Monte Carlo error (t test)."""
-    z = (draws.mean() - expected) / (draws.std(ddof=1) / np.sqrt(len(draws)))
-    limit = stats.t.ppf(1 - false_alarm / 2, df=len(draws) - 1)
-    assert abs(z) < limit, f"mean {draws.mean():.4f}, expected {expected:.4f}, z = {z:.1f}, limit {limit:.1f}"
-
-
-def assert_variance(draws: np.ndarray, expected: float, *, false_alarm: float = FALSE_ALARM) -> None:
-    """Fail if the variance of independent normal draws is not `expected` (chi-square test)."""
-    degrees = len(draws) - 1
-    ratio = draws.var(ddof=1) / expected
-    low, high = stats.chi2.ppf([false_alarm / 2, 1 - false_alarm / 2], degrees) / degrees
-    assert low < ratio < high, f"variance ratio {ratio:.3f}, limits {low:.3f} .. {high:.3f}"
-
-
 def assert_covariance(draws: np.ndarray, expected: np.ndarray, *, false_alarm: float = FALSE_ALARM) -> None:
     """Fail if independent normal draws (n, D) with mean 0 do not have the covariance `expected`.
 

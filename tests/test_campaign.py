@@ -21,5 +21,6 @@ def test_a_round_of_random_faults_ends_like_the_undisturbed_run(tmp_path: Path, 
         campaign.places, campaign.faults = ("s3",), (3, 3)
         with Drivers(tmp_path) as drivers:
             result = play(campaign, 0, drivers, server, proxy)
+    assert result.injected, "no fault met the run"
     assert result.problems == []
     assert result.statuses[-1] == 0

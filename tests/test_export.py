@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.build import load_problem
+from pipeline.config import load_config
 from pipeline.errors import InputError
-from pipeline.plan import BlockKey, WalkPlan
+from pipeline.plan import BlockKey
+from pipeline.run import load_run
 from pipeline.stages.export import export
 from pipeline.storage import Storage
-from pipeline.store import SampleBlock, SampleStore
+from pipeline.store import SampleStore
+from tests.known_store import DIM, EXPECTED, WALKS, make_store
+from tests.runs import walked
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -30,56 +35,6 @@ import polars
 import xarray
 
 matplotlib.use("Agg")
-PARAMETERS = [{"name": "0.weight", "shape": [3, 2]}, {"name": "0.bias", "shape": [3]}, {"name": "a/../b", "shape": []}]
-DIM = 10
-PLAN = {
-    "walks": 10, "walks_per_shard": 4, "starts": 2, "length": 6.0, "steps": 12, "record_every": 2,
-    "records_per_block": 4,
-    "corrections": 1, "correction": "plain", "rank": 0, "step_size": 0.3, "step_size_given": False, "momentum": 0.0,
-    "guard": True, "guard_limit": 1.0, "tilt": "none", "drift": "isotropic", "batch_size": 0, "dtype": "float32",
-    "form": "vmap", "compile": False,
-}  # fmt: skip
-RECORDS = 6
-DIVERGED = 6
-
-
-def make_store(place: str, dim: int = DIM, parameters: list[dict] | None = None, **changes: object) -> SampleStore:
-    """A complete store whose theta is a known function of walk and record; walk 6 diverged near its end."""
-    plan = WalkPlan.from_json({**PLAN, "dim": dim, "parameters": parameters or PARAMETERS, **changes})
-    storage = Storage.open(place)
-    storage.create_json("plan.json", plan.to_json())
-    storage.create_json("run.json", {"run_id": place.rpartition("/")[2]})
-    store = SampleStore.open(place)
-    for shard in plan.shards():
-        for number in range(plan.blocks_per_shard):
-            store.commit(make_block(plan, shard, number))
-    return store
-
-
-def make_block(plan: WalkPlan, shard, number: int) -> SampleBlock:
-    records = np.array(plan.records_in_block(number))
-    walks = np.arange(shard.first_walk, shard.first_walk + shard.walks, dtype=np.int32)
-    walk, record = np.tile(walks, len(records)), np.repeat(records, shard.walks)
-    rows = len(walk)
-    status = ["diverged" if w == DIVERGED and k >= 4 else "ok" for w, k in zip(walk, record, strict=True)]
-    # Walk 3 paused for one record, so that its radius lags behind.
-    drifts = np.where(walk == 3, record, record + 1) * plan.record_every * plan.length / plan.steps
-    return SampleBlock(
-        key=BlockKey(shard.index, number), walk=walk, start=np.full(rows, shard.start, np.int16),
-        step=((record + 1) * plan.record_every).astype(np.int32), radius=drifts.astype(np.float32),
-        potential=100.0 * walk + record, nll=50.0 * walk + record, grad_norm=np.ones(rows, np.float32),
-        distance=np.sqrt(drifts).astype(np.float32), step_size=np.full(rows, 0.1), status=status,
-        theta=theta_of(walk, record, plan.dim),
-    )  # fmt: skip
-
-
-def theta_of(walk: np.ndarray, record: np.ndarray, dim: int = DIM) -> np.ndarray:
-    """theta[i] = 1000 walk + 10 record + i / 100, exact enough in float32."""
-    return (1000.0 * walk[:, None] + 10.0 * record[:, None] + np.arange(dim) / 100).astype(np.float32)
-
-
-WALKS = np.array([w for w in range(10) if w != DIVERGED])
-EXPECTED = np.stack([theta_of(np.full(RECORDS, w), np.arange(RECORDS)) for w in WALKS])  # (chains, draws, D)
 
 
 @pytest.fixture(scope="module")
@@ -230,38 +185,21 @@ def test_exports_from_s3_to_s3_equal_those_on_disk(run: str, tmp_path: Path, s3,
     export(place, format, out)
     export(run, format, str(tmp_path / name))
     remote = Storage.open(out.rpartition("/")[0])
-    if (tmp_path / name).is_dir():
-        here = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / name).rglob("*") if path.is_file()}
-        assert here == {entry.path for entry in Storage.open(out.rpartition("/")[0]).list(name)} | {
-            path for path in here if Path(path).name.startswith(".")
-        }
-    else:
-        assert remote.read(name) == (tmp_path / name).read_bytes()
+    here = Storage.open(str(tmp_path))
+    names = [entry.path for entry in here.list() if entry.path.startswith(name)]
+    assert names and names == [entry.path for entry in remote.list()]
+    assert [path for path in names if remote.read(path) != here.read(path)] == []
     with pytest.raises(InputError, match="exists"):
         export(place, format, out)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from pipeline.config import load_config
-    from pipeline.executor import SerialExecutor
-    from pipeline.progress import LogProgress
-    from pipeline.run import claim, prepare
-    from pipeline.stages.estimate import estimate
-    from pipeline.stages.sample import sample
-
-    config = load_config("configs/smoke.yaml", [f"storage={json.dumps(str(tmp_path_factory.mktemp('runs')))}"])
-    run = prepare(config)
-    claim(run)
-    estimate(run, SerialExecutor(), LogProgress())
-    sample(run, SerialExecutor(), LogProgress())
-    return run.uri
+    storage = f"storage={json.dumps(str(tmp_path_factory.mktemp('runs')))}"
+    return walked(load_config("configs/smoke.yaml", [storage])).uri
 
 
 def test_every_file_is_a_state_dict_that_plain_torch_loads(trained: str, tmp_path: Path) -> None:
-    from pipeline.build import load_problem
-    from pipeline.run import load_run
-
     export(trained, "safetensors", str(tmp_path / "draws"), radius=2.0)
     files = sorted((tmp_path / "draws").iterdir())
     store = SampleStore.open(trained)

@@ -153,7 +153,7 @@ def test_thousands_of_items_stream_with_every_result_once(pool: Any, tmp_path: P
     assert sorted(events) == [(number, number) for number in range(3000)]
 
 
-def test_two_drivers_at_once_are_harmless(tmp_path: Path, undisturbed: dict[str, str]):
+def test_two_threads_on_the_same_shards_are_harmless(tmp_path: Path, undisturbed: dict[str, str]):
     run = planned_run(str(tmp_path))
     threads = [threading.Thread(target=walk, args=(run, SerialExecutor())) for _ in range(2)]
     for thread in threads:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import integrate, stats
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
@@ -38,11 +39,11 @@ def test_classification_metrics_agree_with_scikit_learn(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_calibration_error_agrees_with_torchmetrics(seed):
-    torch = pytest.importorskip("torch")
-    functional = pytest.importorskip("torchmetrics.functional.classification")
+    from torchmetrics.functional import classification
+
     p, y = random_classes(seed)
     ours = metrics.calibration_error(p, y, resample_counts(stream(seed, "b"), len(y), 20)).value
-    theirs = functional.multiclass_calibration_error(
+    theirs = classification.multiclass_calibration_error(
         torch.as_tensor(p), torch.as_tensor(y), num_classes=p.shape[1], n_bins=15, norm="l1"
     )
     assert ours == pytest.approx(float(theirs), abs=1e-6)

@@ -7,7 +7,9 @@ import pickle
 import random
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pandas
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -156,8 +158,6 @@ def test_only_the_needed_row_groups_are_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_block_is_ordinary_parquet_for_other_readers(tmp_path: Path):
-    duckdb = pytest.importorskip("duckdb")
-    pandas = pytest.importorskip("pandas")
     plan = make_plan()
     store = make_store(str(tmp_path), plan, momentum=True)
     walks = str(tmp_path / "walks")

@@ -83,6 +83,43 @@ def line(name: str, nll: np.ndarray, control: np.ndarray, rise: float, extra: st
     return f"| {name} | {nll.mean():.4f} | {gap.mean():+.4f} ({error:.4f}) | {rise:.4g} {extra}|"
 
 
+def fitted(run: Run, kind: str) -> tuple[Run, float]:
+    """The run with a deformation of this kind, and the seconds that its fits took."""
+    settings = run.config.deformation.model_copy(update={"kind": kind})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"deformation": settings}))
+    shutil.rmtree(Path(run.uri, "deformation"), ignore_errors=True)
+    seconds: list[float] = []
+
+    def trainer(run: Run, job: FitJob) -> None:
+        began = time.perf_counter()
+        train_in_process(run, job)
+        seconds.append(time.perf_counter() - began)
+
+    deform(run, trainer, LogProgress())
+    return run, sum(seconds)
+
+
+def print_lines(original: Run, kinds: list[str], draws: int) -> None:
+    """A line for each kind; the first is the control, and is followed by the walk itself."""
+    control = None
+    for kind in kinds:
+        run, seconds = fitted(original, kind)
+        posterior, facts = Posterior(run), run.storage.read_json("deformation/deformation.json")
+        batches = list(posterior.draw_batches(draws, seed=1))
+        theta, start = torch.cat([b.theta for b in batches]), np.concatenate([b.start for b in batches])
+        nll = test_nll(run, posterior, theta, start)
+        if control is None:
+            control = nll
+            walks = test_nll(run, posterior, *walk_points(run, posterior.radius, posterior.shares, draws))
+            print(line("walk", walks, control, facts["walk_potential_rise"]))
+        model, rng = load_deformation(run, 0), np.random.default_rng(0)
+        speed = per_second(lambda m=model, r=rng: m.draw(r, 256), 256)
+        linear = run.storage.read_json(facts_path(0)).get("heldout_error_linear")
+        errors = " | ".join("" if e is None else f"{e:.3f}" for e in (facts["heldout_error"], linear))
+        extra = f"| {errors} | {seconds:.1f} | {speed:.0f} ({floor(model, posterior.problem(0), 256):.0f}) "
+        print(line(kind, nll, control, facts["potential_rise"], extra), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
@@ -100,35 +137,7 @@ def main() -> None:
         run = dataclasses.replace(original, storage=Storage.open(str(target)))
         if options.radius:
             run.storage.replace_json("radius.json", run.storage.read_json("radius.json") | {"radius": options.radius})
-        control = None
-        for kind in dict.fromkeys(["gaussian", *options.kinds.split(",")]):
-            settings = run.config.deformation.model_copy(update={"kind": kind})
-            of_kind = dataclasses.replace(run, config=run.config.model_copy(update={"deformation": settings}))
-            shutil.rmtree(target / "deformation", ignore_errors=True)
-            seconds: list[float] = []
-
-            def trainer(run: Run, job: FitJob, seconds: list[float] = seconds) -> None:
-                began = time.perf_counter()
-                train_in_process(run, job)
-                seconds.append(time.perf_counter() - began)
-
-            deform(of_kind, trainer, LogProgress())
-            posterior = Posterior(of_kind)
-            facts = of_kind.storage.read_json("deformation/deformation.json")
-            batches = list(posterior.draw_batches(options.draws, seed=1))
-            theta, start = torch.cat([b.theta for b in batches]), np.concatenate([b.start for b in batches])
-            nll = test_nll(of_kind, posterior, theta, start)
-            if control is None:
-                control = nll
-                points, owner = walk_points(of_kind, posterior.radius, posterior.shares, options.draws)
-                walks = test_nll(of_kind, posterior, points, owner)
-                print(line("walk", walks, control, facts["walk_potential_rise"]))
-            model, rng = load_deformation(of_kind, 0), np.random.default_rng(0)
-            speed = per_second(lambda m=model, r=rng: m.draw(r, 256), 256)
-            linear = of_kind.storage.read_json(facts_path(0)).get("heldout_error_linear")
-            errors = " | ".join("" if e is None else f"{e:.3f}" for e in (facts["heldout_error"], linear))
-            extra = f"| {errors} | {sum(seconds):.1f} | {speed:.0f} ({floor(model, posterior.problem(0), 256):.0f}) "
-            print(line(kind, nll, control, facts["potential_rise"], extra), flush=True)
+        print_lines(run, list(dict.fromkeys(["gaussian", *options.kinds.split(",")])), options.draws)
 
 
 if __name__ == "__main__":

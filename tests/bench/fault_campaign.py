@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ import yaml
 
 from pipeline.stages.verify import verify
 from pipeline.storage import Storage
-from tests.bench.fault_kinds import Fault, Stage, apply, kinds_for
+from tests.bench.fault_kinds import Disk, Fault, Stage, apply, kinds_for
 from tests.drivers import Driver, Drivers
 from tests.proxy import Proxy
 from tests.s3server import S3Server
@@ -210,34 +209,6 @@ def compare(result: Round, place: str, expected: dict[str, str]) -> None:
     result.rows = report.rows
     if not (report.sound and report.complete):
         result.problems.append(str(report))
-
-
-class Disk:
-    """A folder that can be made full: a small file system of its own where that is allowed, or an ordinary folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-        self.own = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-        self._ballast = folder / ".ballast"
-
-    def fill(self, share: float) -> bool:
-        """Leave room for a few objects at most. False if this folder has no file system of its own."""
-        if not self.own:
-            return False
-        free = os.statvfs(self.folder)
-        size = max(1, free.f_bavail * free.f_frsize - int(share * 60_000))
-        with open(self._ballast, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-        return True
-
-    def empty(self) -> None:
-        self._ballast.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self.own:
-            subprocess.run(["umount", "-l", str(self.folder)], capture_output=True, check=False)
 
 
 def summary(rounds: list[Round]) -> dict[str, Any]:

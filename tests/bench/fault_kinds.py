@@ -6,9 +6,11 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,6 +33,34 @@ class Fault:
     """In [0, 1): which of several victims, or how bad."""
 
 
+class Disk:
+    """A folder that can be made full: a small file system of its own where that is allowed, or an ordinary folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+        self.own = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        self._ballast = folder / ".ballast"
+
+    def fill(self, share: float) -> bool:
+        """Leave room for a few objects at most. False if this folder has no file system of its own."""
+        if not self.own:
+            return False
+        free = os.statvfs(self.folder)
+        size = max(1, free.f_bavail * free.f_frsize - int(share * 60_000))
+        with open(self._ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return True
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.own:
+            subprocess.run(["umount", "-l", str(self.folder)], capture_output=True, check=False)
+
+
 @dataclass
 class Stage:
     """Everything that can be hurt."""
@@ -39,7 +69,7 @@ class Stage:
     server: S3Server
     proxy: Proxy
     cluster: Any
-    disk: Any
+    disk: Disk | None
     threads: list[threading.Thread] = field(default_factory=list)
 
     def later(self, seconds: float, call: Any) -> None:
@@ -83,7 +113,7 @@ def _driver_stopped(fault: Fault, stage: Stage) -> bool:
 
 
 def _disk_full(fault: Fault, stage: Stage) -> bool:
-    return stage.disk.fill(fault.chance)
+    return stage.disk is not None and stage.disk.fill(fault.chance)
 
 
 def _server_killed(fault: Fault, stage: Stage) -> bool:

@@ -201,9 +201,8 @@ def posteriors_sgld(problem: Problem) -> Advance:
     return run
 
 
-def jax_loop(problem: Problem) -> Advance:
-    """The whole loop under jit: vmap of grad inside lax.fori_loop."""
-    import jax
+def jax_potential(problem: Problem) -> Callable:
+    """The same potential in JAX, of one parameter vector."""
     from jax import lax
     from jax import nn as jnn
     from jax import numpy as jnp
@@ -229,7 +228,15 @@ def jax_loop(problem: Problem) -> Advance:
         log_p = jnn.log_softmax(forward(parts))
         return -jnp.take_along_axis(log_p, y[:, None], 1).sum() + 0.5 * ALPHA * (theta**2).sum()
 
-    gradient, drift = jax.vmap(jax.grad(potential)), jnp.asarray(problem.drift.numpy())
+    return potential
+
+
+def jax_loop(problem: Problem) -> Advance:
+    """The whole loop under jit: vmap of grad inside lax.fori_loop."""
+    import jax
+    from jax import numpy as jnp
+
+    gradient, drift = jax.vmap(jax.grad(jax_potential(problem))), jnp.asarray(problem.drift.numpy())
 
     @jax.jit
     def loop(theta, steps):
@@ -237,7 +244,7 @@ def jax_loop(problem: Problem) -> Advance:
             value = value + drift
             return value - ETA * gradient(value)
 
-        return lax.fori_loop(0, steps, step, theta)
+        return jax.lax.fori_loop(0, steps, step, theta)
 
     theta = jnp.asarray(problem.theta.numpy())
 
