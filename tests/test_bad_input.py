@@ -92,7 +92,6 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
         (["data.source=good.csv"], ["did you mean csv:good.csv?"]),
         (["model.architecture=own_bad_input:wide"], ["did you mean python:own_bad_input:wide?"]),
         (["model.weights=."], ["model.weights", "is a folder"]),
-        (["storage=s3://me:hunter2@bucket/runs"], ["storage", "credentials"]),
     ],
     ids=lambda value: value[0] if value and "=" in value[0] else "",
 )
@@ -100,7 +99,6 @@ def test_wrong_settings(sets: list[str], words: list[str], here: Path, capsys: A
     message = refused(here, capsys, "good.yaml", *(part for item in sets for part in ("--set", item)))
     for word in words:
         assert word in message
-    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize(
@@ -151,6 +149,12 @@ def test_wrong_arguments(arguments: list[str], here: Path, capsys: Any) -> None:
 def test_a_place_that_cannot_be_written(here: Path, capsys: Any) -> None:
     (here / "occupied").write_text("a file where a folder is needed")
     assert "occupied" in refused(here, capsys, "good.yaml", "--storage", str(here / "occupied"))
+
+
+@pytest.mark.parametrize("place", ["s3://AKIAHERE:hunter2@bucket/runs", "file://AKIAHERE:hunter2@host/runs"])
+def test_a_place_with_credentials_in_it_is_refused_without_repeating_them(place: str, here: Path, capsys: Any) -> None:
+    message = refused(here, capsys, "good.yaml", "--storage", place)
+    assert "credentials" in message and "hunter2" not in message and "AKIAHERE" not in message
 
 
 def test_a_run_of_other_data_is_left_alone(here: Path, capsys: Any) -> None:

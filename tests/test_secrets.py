@@ -61,10 +61,3 @@ def test_no_error_repeats_a_secret(s3: S3Server, tmp_path: Path, changed: dict[s
     failed = fiberwalk("run", config, "--serial", "--storage", f"s3://{s3.bucket}/refused", cwd=tmp_path, **changed)
     assert failed.returncode == 2, failed.stdout
     assert SECRET.encode() not in failed.stdout and KEY.encode() not in failed.stdout
-
-
-def test_a_place_with_credentials_in_it_is_refused_without_repeating_them(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    failed = fiberwalk("run", config, "--serial", "--storage", f"s3://{KEY}:{SECRET}@bucket/runs", cwd=tmp_path)
-    assert failed.returncode == 2
-    assert SECRET.encode() not in failed.stdout and KEY.encode() not in failed.stdout

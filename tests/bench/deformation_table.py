@@ -44,12 +44,12 @@ def test_nll(run: Run, posterior: Posterior, theta: Tensor, start: np.ndarray) -
 
 
 def walk_points(run: Run, radius: float, shares: list[int], draws: int) -> tuple[Tensor, np.ndarray]:
-    owner = deal(shares, draws)
-    store, parts = SampleStore.open(run.storage), []
-    for start, count in enumerate(np.bincount(owner, minlength=len(shares)).tolist()):
+    """Points of the walks and their starts: `draws` of them, or all where there are fewer walks."""
+    counts, store, parts = np.bincount(deal(shares, draws), minlength=len(shares)), SampleStore.open(run.storage), []
+    for start, count in enumerate(counts.tolist()):
         points = store.points(radius, start=start, limit=count)
         parts.append(torch.cat([torch.from_numpy(p.theta) for p in points]))
-    return torch.cat(parts), np.sort(owner)
+    return torch.cat(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
 def per_second(function, draws: int, seconds: float = 2.0) -> float:
