@@ -246,6 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     except typer.Exit as stop_request:
         return stop_request.exit_code
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the whole help, which must keep its lines
+            sys.stderr.write(f"{error}\n")
+            return 2
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # usage errors of the command line itself
             return _say(f"{error.format_message()} Try 'fiberwalk --help'.", 2)  # pyright: ignore[reportAttributeAccessIssue]
         if os.environ.get("FIBERWALK_DEBUG"):

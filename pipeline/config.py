@@ -265,6 +265,12 @@ class Config(_Section):
             )
         if self.map.starts > self.walk.walks:
             raise ValueError(f"walk.walks must be at least map.starts = {self.map.starts}, got {self.walk.walks}")
+        least = 2 * self.map.starts if self.deformation.kind in ("residual", "gaussian") else 1
+        if self.walk.walks < least:
+            raise ValueError(
+                f"walk.walks must be at least {least}, two a start, with deformation.kind: "
+                f"{self.deformation.kind}, got {self.walk.walks}; or set deformation.kind: none"
+            )
         if self.map.starts > 1 and self.model.weights is not None:
             raise ValueError(f"map.starts must be 1 with model.weights (one network is given), got {self.map.starts}")
         ensembles = [name for name in self.evaluation.baselines if name.startswith("ensemble")]

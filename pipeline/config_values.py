@@ -11,6 +11,8 @@ from pydantic import BeforeValidator
 
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _CREDENTIALS = re.compile(r"^[A-Za-z][A-Za-z0-9+.:-]*//[^/]*@")
+_LARGEST_PRECISION = 1e18
+"""The curvature is as large, and its square overflows in single precision beyond."""
 
 ARCHITECTURES = ("mlp", "conv", "lenet", "resnet")
 SOURCES = ("sklearn", "csv", "parquet", "npz", "idx", "python")
@@ -168,7 +170,7 @@ def split(value: Any) -> Any:
 
 
 def precision(value: Any) -> Any:
-    """``auto``, one number above 0, or regular expression -> number above 0."""
+    """``auto``, one number above 0 and at most 1e18, or regular expression -> such a number."""
     if value == "auto":
         return value
     if isinstance(value, dict):
@@ -180,8 +182,9 @@ def precision(value: Any) -> Any:
 
 def _positive(value: Any, where: str) -> float:
     found = as_number(value)
-    if found is None or found <= 0:
-        raise ValueError(f"{where}must be 'auto', a number above 0, or regular expression -> number above 0")
+    if found is None or not 0 < found <= _LARGEST_PRECISION:
+        limits = f"above 0 and at most {_LARGEST_PRECISION:g}"
+        raise ValueError(f"{where}must be 'auto', a number {limits}, or regular expression -> number {limits}")
     return float(found)
 
 

@@ -84,10 +84,10 @@ class SampleStore:
             plan = WalkPlan.from_json(storage.read_json("plan.json"))
             run_id = str(storage.read_json("run.json", strict=False)["run_id"])
         except FileNotFoundError:
-            raise InputError(
-                f"No sample store at {storage.uri}: plan.json or run.json is missing there. "
-                "Give the address that 'fiberwalk run' printed."
-            ) from None
+            begun = storage.exists("run.json")
+            way = "Go on with 'fiberwalk run'" if begun else "Give the address that 'fiberwalk run' printed"
+            missing = "plan.json is missing there, since no walk has begun" if begun else "run.json is missing there"
+            raise InputError(f"No sample store at {storage.uri}: {missing}. {way}.") from None
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"The plan at {storage.uri} was written by another version ({error}). Use the release that wrote it."

@@ -124,12 +124,18 @@ def status(job: str, address: str) -> str:
 
 def _connect(address: str) -> JobSubmissionClient:
     """Open the job server. An unreachable host must not hang: Ray's own requests have no time limit."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError as error:  # a bracket that is not closed, a port beyond 65535
+        raise InputError(
+            f"--address must be http://HOST:8265 (the head's job server), got {address}: {error}"
+        ) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"--address must be http://HOST:8265 (the head's job server), got {address}")
     if parts.username or parts.password:
         raise InputError("--address must not hold credentials. Give the cluster's token in RAY_AUTH_TOKEN.")
-    port = parts.port or (443 if parts.scheme == "https" else 8265)
+    port = port or (443 if parts.scheme == "https" else 8265)
     try:
         socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:

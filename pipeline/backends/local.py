@@ -82,7 +82,11 @@ class LocalBackend:
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         """Return bytes of an object."""
-        with open(self._target(path), "rb") as file:
+        try:
+            file = open(self._target(path), "rb")
+        except NotADirectoryError as error:  # a file where the root should be: the object is not there either
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
+        with file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
         if length is not None and len(data) != length:

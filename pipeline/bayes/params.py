@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from pipeline.bayes.attention import may_use_attention, on_cudnn, plain_attention, without_cudnn
 from pipeline.bayes.plain import differentiates_twice
 from pipeline.bayes.trees import Tree, take_rows
-from pipeline.errors import InputError
+from pipeline.errors import InputError, few
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,11 @@ class Network:
         self.dtype, self.device = dtype, torch.device(device)
         named = dict(module.named_parameters())
         chosen = {name: named[name] for name in names}
+        if not any(parameter.numel() for parameter in chosen.values()):
+            raise InputError(
+                f"model.parameters '{parameters}' chooses only parameters without any number ({few(names)}); nothing "
+                "is left to walk. Let it match others"
+            )
         self.layout = ParameterLayout(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()))
         self._fixed = {name: p.detach() for name, p in named.items() if name not in chosen}
         self._buffers = dict(module.named_buffers())

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 1e18
+"""Largest size of a feature and of a target: squares of larger numbers overflow in single precision."""
 Inputs = np.ndarray | dict[str, np.ndarray] | tuple[np.ndarray, ...]
 
 

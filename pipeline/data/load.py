@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import DataConfig
-from pipeline.data.arrays import Digest, Inputs, Rows, count_rows, map_arrays, named_arrays, select_rows
+from pipeline.data.arrays import LARGEST, Digest, Inputs, Rows, count_rows, map_arrays, named_arrays, select_rows
 from pipeline.data.columns import encode_columns, learn_columns
 from pipeline.data.schema import DataSchema, Part, Parts, check_arrays
 from pipeline.data.sources import Raw, read_source
@@ -19,8 +19,8 @@ from pipeline.data.tables import parquet_shape, refuse_what_does_not_fit
 from pipeline.data.targets import class_targets, number_targets
 from pipeline.errors import InputError
 
-LARGEST = 1e18
-"""Largest size of a feature."""
+CONSTANT = 1e-12
+"""Spread relative to their size below which targets differ by rounding only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def _inputs(raw: Raw, where: str) -> tuple[Inputs, tuple]:
 def _refuse_huge(x: Inputs, where: str) -> None:
     """Squares of such numbers overflow in single precision, so that not even their spread can be computed."""
     for name, array in named_arrays(x):
-        most = max(float(array.max()), -float(array.min())) if array.size and array.dtype.kind == "f" else 0.0
+        most = max(float(array.max()), -float(array.min())) if array.size else 0.0
         if most > LARGEST:
             raise InputError(f"{where}: {name} holds {most:.3g}; numbers must be at most {LARGEST:g}. Rescale them")
 
@@ -144,11 +144,12 @@ def _targets(values: np.ndarray, raw: Raw, config: DataConfig, splits: Splits) -
 def _target_scale(y: np.ndarray, config: DataConfig) -> tuple[float, float]:
     if config.task == "classification":
         return 0.0, 1.0
+    where = f"data.source: {config.source}: the target"
+    if np.ptp(y) <= CONSTANT * np.abs(y).max():
+        raise InputError(f"{where} is {y[0]:g} in every training row; nothing to learn")
     std = float(y.std())
     if std == 0:
-        raise InputError(
-            f"data.source: {config.source}: the target is {y[0]:g} in every training row; nothing to learn"
-        )
+        raise InputError(f"{where} varies by {np.ptp(y):.3g} only, too little to be squared. Rescale it")
     return (float(y.mean()), std) if config.standardize else (0.0, 1.0)
 
 

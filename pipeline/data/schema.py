@@ -166,6 +166,8 @@ def check_arrays(x: Inputs, where: str) -> None:
         place = where if name == "x" else f"{where} {name}"
         if array.dtype.kind not in "fiub" or array.ndim < 1:
             raise InputError(f"{place} must be an array of numbers with rows first, got {array.dtype} {array.shape}")
+        if 0 in array.shape[1:]:
+            raise InputError(f"{place} has no numbers in a row: its shape is {array.shape}")
         if rows is not None and len(array) != rows:
             raise InputError(f"{place} has {len(array)} rows, another array has {rows}")
         rows = len(array)

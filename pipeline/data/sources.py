@@ -107,6 +107,8 @@ def _sklearn(name: str, setting: str) -> Raw:
 def _npz(uri: str, setting: str) -> Raw:
     data = read_bytes(uri, setting)
     try:
+        if data.startswith(b"\x93NUMPY"):
+            raise ValueError("it is one array (.npy); write x and y with numpy.savez")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             wanted = [name for name in archive.files if name in ("x", "y") or name.startswith("x.")]
             arrays = {name: archive[name] for name in wanted}

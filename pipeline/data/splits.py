@@ -14,6 +14,8 @@ from pipeline.own_code import cause
 from pipeline.streams import stream
 
 Split = float | tuple[int, int] | str | None
+_LARGEST = 2.0**53
+"""Largest row number that a float holds exactly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,8 @@ def _fraction(fraction: float, rows: int, order: np.ndarray, taken: np.ndarray, 
     count = round(fraction * rows)
     free = order[~taken[order]]
     if fraction > 0 and count < 1:
-        raise InputError(f"{setting} = {fraction} of {rows} rows is none; give at least {1 / rows:.3g}, or more data")
+        least = f"at least {1 / rows:.3g}, or " if rows > 1 else ""
+        raise InputError(f"{setting} = {fraction} of {rows} rows is none; give {least}more data")
     if count > len(free):
         raise InputError(f"{setting} = {fraction} needs {count} rows, {len(free)} of {rows} are left")
     return np.sort(free[:count])
@@ -102,12 +105,15 @@ def _read_index(uri: str, setting: str) -> np.ndarray:
             raise InputError(f"{setting}: {uri} is no array of row numbers: {cause(error)}") from error
     else:
         cells = data.decode("utf-8-sig", errors="replace").replace(",", " ").split()
-        if cells and not is_number(cells[0]):
+        if len(cells) > 1 and not is_number(cells[0]):
             cells = cells[1:]  # a header
         wrong = [cell for cell in cells if not is_number(cell)]
         if wrong:
             raise InputError(f"{setting}: {uri} must hold row numbers, one a line; it holds '{wrong[0][:40]}'")
         values = np.array([float(cell) for cell in cells])
-    if values.dtype.kind not in "iuf" or (values.dtype.kind == "f" and not (values == np.floor(values)).all()):
-        raise InputError(f"{setting}: {uri} must hold whole row numbers")
+    if values.dtype.kind not in "iuf":
+        raise InputError(f"{setting}: {uri} must hold whole row numbers, not {values.dtype}")
+    wrong = values[(values != np.floor(values)) | (np.abs(values.astype(float)) > _LARGEST)]
+    if len(wrong):
+        raise InputError(f"{setting}: {uri} must hold whole row numbers, it holds {wrong[0]:g}")
     return values.astype(np.int64)

@@ -21,6 +21,11 @@ from pipeline.own_code import cause
 _MISSING = {"", "na", "nan", "n/a", "null", "none", "?", "#n/a", "-nan"}
 _NULLS = ["", "NA", "NaN", "nan", "N/A", "n/a", "NULL", "null", "#N/A", "-nan"]
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_QUOTED = re.compile(r'(^|[;,\t| ]) *"(?:[^"]|"")*"')
+_OPENED = re.compile(r'(?:^|[;,\t| ]) *"')
+_SAMPLE = 1 << 20
+"""Characters from the beginning in which delimiter, header and decimal comma are looked for."""
 _SAMPLE_LINES = 50
 _BATCH_ROWS = 16384
 COPIES = 4
@@ -127,29 +132,32 @@ def read_csv(uri: str, setting: str = "data.source", target: int | str | None = 
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{setting}: {uri} is not UTF-8 text (byte {error.start}); save it as UTF-8 CSV") from error
-    lines = [line for line in text[: 1 << 20].splitlines()[: _SAMPLE_LINES + 1] if line.strip()]
+    lines = _first_records(text[:_SAMPLE])
     if not lines:
         raise InputError(f"{setting}: {uri} holds no rows")
     delimiter = find_delimiter(lines)
     if delimiter == " ":
         text = "\n".join(" ".join(line.split()) for line in text.splitlines())
+        lines = _first_records(text[:_SAMPLE])
     cells = [split_line(line, delimiter) for line in lines]
     named = isinstance(target, str) and not is_number(target) and target in cells[0]
     header = named or has_header(cells)
     names = cells[0] if header else [str(column) for column in range(len(cells[0]))]
     _check_names(names, f"{setting}: {uri}")
     comma = delimiter != "," and any(_DECIMAL_COMMA.fullmatch(cell) for row in cells[1:] for cell in row)
-    table = _parse(text, names, header, delimiter, "," if comma else ".", f"{setting}: {uri}")
-    if not len(table):
-        raise InputError(f"{setting}: {uri} holds a header and no rows")
+    if header:
+        text = text[text.index(lines[0]) + len(lines[0]) :]
+        if not text.strip():
+            raise InputError(f"{setting}: {uri} holds a header and no rows")
+    table = _parse(text, names, delimiter, "," if comma else ".", f"{setting}: {uri}")
     return table if header else table.replace_schema_metadata({"headerless": "yes"})
 
 
-def _parse(text: str, names: list[str], header: bool, delimiter: str, decimal: str, where: str) -> pa.Table:
+def _parse(text: str, names: list[str], delimiter: str, decimal: str, where: str) -> pa.Table:
     try:
         return csv.read_csv(
             pa.BufferReader(text.encode()),
-            read_options=csv.ReadOptions(column_names=names, skip_rows=_header_line(text) if header else 0),
+            read_options=csv.ReadOptions(column_names=names),
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=csv.ConvertOptions(null_values=_NULLS, strings_can_be_null=True, decimal_point=decimal),
         )
@@ -157,11 +165,23 @@ def _parse(text: str, names: list[str], header: bool, delimiter: str, decimal: s
         raise InputError(f"{where} is no table: {cause(error)}") from error
 
 
-def _header_line(text: str) -> int:
-    for number, line in enumerate(text.splitlines()):
-        if line.strip():
-            return number + 1
-    return 1
+def _first_records(text: str) -> list[str]:
+    """The first records that are not blank, with their line ends; a line end between quotes belongs to its cell.
+
+    Where a cell is opened and never closed, a record is a line.
+    """
+    lines = _LINE.findall(text)
+    records: list[str] = []
+    pieces: list[str] = []
+    for line in lines:
+        pieces.append(line)
+        if not _OPENED.search(_QUOTED.sub(r"\1", "".join(pieces))):
+            records.append("".join(pieces))
+            pieces.clear()
+        if len(records) > _SAMPLE_LINES or len(pieces) > _SAMPLE_LINES:
+            break
+    whole = records if len(pieces) <= _SAMPLE_LINES and records else lines[: _SAMPLE_LINES + 1]
+    return [record for record in whole if record.strip()]
 
 
 def _check_names(names: list[str], where: str) -> None:

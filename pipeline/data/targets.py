@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.data.arrays import LARGEST
 from pipeline.errors import InputError
 
 _MAX_CLASSES = 1000
+_EXACT = 2.0**53
+"""Largest whole number that a float holds exactly."""
 
 
 def class_targets(y: np.ndarray, names: tuple[str, ...], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -22,8 +25,9 @@ def class_targets(y: np.ndarray, names: tuple[str, ...], where: str) -> tuple[np
         raise InputError(f"{where}: the target must be numbers or text, got {y.dtype}")
     if y.dtype.kind == "f":
         _refuse_missing(y, where)
-        if not (y == np.floor(y)).all():
-            example = y[y != np.floor(y)][0]
+        other = y[(y != np.floor(y)) | (np.abs(y) > _EXACT)]
+        if len(other):
+            example = other[0]
             raise InputError(f"{where}: the target holds {example:g}, no class; for numbers set data.task: regression")
         y = y.astype(np.int64)
     values, numbers = np.unique(y.astype(str) if y.dtype.kind == "O" else y, return_inverse=True)
@@ -43,9 +47,17 @@ def number_targets(y: np.ndarray, where: str) -> np.ndarray:
     """Targets float64 (rows,). Raises InputError for text and missing values."""
     y = _flat(y, where, "one number a row")
     if y.dtype.kind not in "fiub":
-        raise InputError(f"{where}: the target is text (such as '{y[0]}'); for classes set data.task: classification")
+        what = "text" if y.dtype.kind in "OUS" else str(y.dtype)
+        raise InputError(
+            f"{where}: the target is {what} (such as '{y[0]}'), and data.task: regression needs numbers; for classes "
+            "set data.task: classification"
+        )
     y = y.astype(np.float64)
     _refuse_missing(y, where)
+    if len(y) and np.abs(y).max() > LARGEST:
+        raise InputError(
+            f"{where}: the target holds {y[np.abs(y).argmax()]:.3g}; numbers must be at most {LARGEST:g}. Rescale them"
+        )
     return y
 
 

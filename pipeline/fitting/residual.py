@@ -107,6 +107,11 @@ def fit_slopes(team: Team, walks: Walks, selected: int) -> list[float]:
             v, offset = points.direction[take] * radius, points.offset[take]
             sums += torch.stack([(v * offset).sum(), v.square().sum(), take.sum()]).double()
         team.sum([sums])
+        if not torch.isfinite(sums).all():
+            raise RunError(
+                f"Walks at radius {radius:.3g} lie so far out that their squares overflow, so no deformation can be "
+                f"fitted. Lower walk.length, or set deformation.kind: none."
+            )
         if sums[2] < 2:
             raise RunError(
                 f"Only {int(sums[2])} walks that did not diverge are there to learn from, so no deformation can be "
@@ -130,6 +135,8 @@ def fit_basis(
                 sketch.add(points.offset[take] / radius - points.direction[take] * slope)
         energy = sketch.energy[None]
         team.sum([sketch.total, energy])
+        if not sketch.total.any():  # slopes leave nothing, as with a single parameter: any direction will do
+            return orthonormalise_(sketch.probe[:, :1].clone()).T.to(theta_star).contiguous(), 1.0
         if not last:
             probe = orthonormalise_(sketch.total)
             del sketch

@@ -181,8 +181,11 @@ def _free_disk(run: Run) -> int:
     if run.storage.protocol != "file":
         return 0
     place = Path(run.storage.uri)
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    while place != place.parent:
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:  # not there yet, or no place at all, which the test whether it can be written says best
+            place = place.parent
     return shutil.disk_usage(place).free
 
 

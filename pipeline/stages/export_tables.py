@@ -22,11 +22,14 @@ class ParquetExport:
 
     def __init__(self, path: Path, selection: Selection, attributes: dict[str, Any]):
         self._selection = selection
+        # A parameter without numbers has no column: a list of fixed size holds one at least.
+        named = zip(variable_names(selection.parameters), selection.parameters, strict=True)
+        self._columns = [(name, parameter) for name, parameter in named if parameter.size]
         value = pa.from_numpy_dtype(np.dtype(selection.dtype))
         fields = [pa.field("walk", pa.int32()), pa.field("start", pa.int16())]
         fields += [pa.field(name, pa.from_numpy_dtype(np.dtype(kind))) for name, kind in STATS.items()]
         fields.append(pa.field("status", pa.string()))
-        for name, parameter in zip(variable_names(selection.parameters), selection.parameters, strict=True):
+        for name, parameter in self._columns:
             about = {"name": parameter.name, "shape": json.dumps(parameter.shape)}
             fields.append(pa.field(name, pa.list_(value, parameter.size), metadata=about))
         metadata = {f"fiberwalk.{key}": str(item) for key, item in attributes.items()}
@@ -43,7 +46,7 @@ class ParquetExport:
             *(pa.array(values) for values in points.stats.values()),
             pa.array(points.status, pa.string()),
         ]
-        for parameter in self._selection.parameters:
+        for _, parameter in self._columns:
             flat = np.ascontiguousarray(points.theta[:, parameter.columns]).reshape(-1)
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), parameter.size))
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema), row_group_size=group)

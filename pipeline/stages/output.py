@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -23,11 +24,7 @@ def target(out_uri: str, *, inside: str) -> Iterator[Path]:
     """
     if ".." in out_uri.split("/"):
         raise InputError(f"--out must not hold '..', got {out_uri}. Write out the place that is meant.")
-    place = Storage.open(out_uri)
-    if f"{place.uri}/".startswith(f"{Storage.open(inside).uri}/"):
-        raise InputError(
-            f"--out {out_uri} lies inside the run {inside}, whose folders are read as they are. Name another place."
-        )
+    place = refuse_inside(out_uri, inside)
     folder, _, name = place.uri.rpartition("/")
     if not name or folder.endswith(":/"):
         raise InputError(f"--out must name a file or folder below a storage place, got {out_uri}")
@@ -35,6 +32,19 @@ def target(out_uri: str, *, inside: str) -> Iterator[Path]:
         yield from _local(Path(place.uri))
     else:
         yield from _remote(place, Storage.open(folder), name)
+
+
+def refuse_inside(out_uri: str, run_uri: str) -> Storage:
+    """The place of an output; raises InputError if it lies inside the run, whose objects it could hide or replace."""
+    place, run = Storage.open(out_uri), Storage.open(run_uri)
+    inside = f"{place.uri}/".startswith(f"{run.uri}/")
+    if place.protocol == run.protocol == "file":  # also through a link
+        inside = inside or Path(place.uri).resolve().is_relative_to(Path(run.uri).resolve())
+    if inside:
+        raise InputError(
+            f"--out {out_uri} lies inside the run {run_uri}, whose folders are read as they are. Name another place."
+        )
+    return place
 
 
 def _local(final: Path) -> Iterator[Path]:
@@ -49,10 +59,14 @@ def _local(final: Path) -> Iterator[Path]:
         what = f"--out {final}: the folder {final.parent} cannot be made"
         raise InputError(f"{what}: {error.strerror}. Name another place.") from error
     try:
+        with open(partial, "xb"):
+            pass
+        partial.unlink()
+    except OSError as error:  # found out before the work, not after it
+        raise InputError(f"--out {final} cannot be written: {error.strerror}. Name another place.") from error
+    try:
         yield partial
         os.rename(partial, final)
-    except PermissionError as error:
-        raise InputError(f"--out {final} cannot be written: {error.strerror}. Name another place.") from error
     finally:
         _remove(partial)
 
@@ -77,5 +91,5 @@ def _remote(place: Storage, folder: Storage, name: str) -> Iterator[Path]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    for left in [path, *path.parent.glob(f"{path.name}.*")]:
+    for left in [path, *path.parent.glob(f"{glob.escape(path.name)}.*")]:
         left.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from pipeline.run import Run, load_run
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.evaluate import deformation_draws
 from pipeline.stages.methods import walk_draws
+from pipeline.stages.output import refuse_inside
 from pipeline.stages.paths import read_paths
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
@@ -50,6 +51,7 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     suffix = name.rpartition(".")[2].lower()
     if suffix not in ("csv", "parquet"):
         raise InputError(f"--out must end in .csv or .parquet, got '{out_uri}'.")
+    refuse_inside(out_uri, run_uri)
     run = load_run(run_uri, trust_code=trust_code)
     if not run.storage.exists("radius.json"):
         raise InputError(f"{run_uri} is not finished: radius.json is missing. Finish it with 'fiberwalk run'.")
@@ -63,7 +65,7 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     (pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table)(table, buffer)
     try:
         Storage.open(folder or ".").replace(name, buffer.getvalue())
-    except RunError as error:
+    except (RunError, FileNotFoundError) as error:  # the latter where a place takes no new files
         raise InputError(f"--out {out_uri} cannot be written: {error}") from error
 
 

@@ -35,7 +35,10 @@ def status(run_uri: str) -> dict[str, Any]:
     storage = Storage.open(run_uri)
     refuse_no_run(storage)
     stages = {name: storage.exists(path) for name, path in STAGES.items()}
-    found: dict[str, Any] = {"run_uri": storage.uri, "run_id": storage.read_json("run.json", strict=False)["run_id"]}
+    stored = storage.read_json("run.json", strict=False)
+    if "run_id" not in stored:
+        stored = storage.read_json("run.json")  # says that it is damaged
+    found: dict[str, Any] = {"run_uri": storage.uri, "run_id": stored["run_id"]}
     sampled = False
     if stages["plan"]:
         progress = _progress(SampleStore.open(storage))

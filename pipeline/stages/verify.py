@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from pipeline.stages.check_block import first_wrong
 from pipeline.stages.check_results import Results
 from pipeline.storage import Storage
 from pipeline.store import SampleStore, parse_path
+
+_RUN_ID = re.compile(r"[^/]-[0-9a-f]{8}$")
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ def verify(run_uri: str) -> Findings:
     results = Results(storage)
     blocks = sorted(path for path in results.paths if path.startswith("walks/"))
     store = _store(storage, results)
-    if store is None and not blocks and not results.wrong:
-        SampleStore.open(storage)  # says what is missing
+    if store is None:
+        _refuse_other_folder(storage, results)
+        if not blocks and not results.wrong:
+            SampleStore.open(storage)  # says what is missing
     result = Findings(storage.uri, findings=[Finding(*found) for found in results.wrong])
     if store is not None:
         result.rows_planned = store.plan.rows
@@ -209,6 +214,18 @@ def _gaps(store: SampleStore, found: set[BlockKey], sampled: bool) -> Iterator[F
             key = BlockKey(shard.index, block)
             if key not in found and (sampled or block < last.get(shard.index, -1)):
                 yield Finding("gap", key.path, "this block is missing; the next run computes it")
+
+
+def _refuse_other_folder(storage: Storage, results: Results) -> None:
+    """Raise InputError where nothing but a name says that this is a run: repair would remove files of somebody else."""
+    told = results.run is not None or results.plan is not None
+    known = any(path.startswith("map/start=") or parse_path(path) is not None for path in results.paths)
+    named = _RUN_ID.search(storage.uri) is not None and results.paths.keys() & {"run.json", "config.yaml", "plan.json"}
+    if not (told or known or named):
+        raise InputError(
+            f"No run at {storage.uri}: run.json and plan.json are missing there, or were not written by fiberwalk. "
+            "Give the address that 'fiberwalk run' printed."
+        )
 
 
 def refuse_no_run(storage: Storage) -> None:
