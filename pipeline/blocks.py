@@ -189,3 +189,35 @@ def read_stamp(metadata: Any) -> Stamp:
     except (KeyError, ValueError):
         raise BrokenBlock("not a block: the fiberwalk fields are missing in its footer") from None
     return Stamp(text["run_id"], text["digest"], parameters, text["plan"], text["schema"])
+
+
+def differences(stamp: Stamp, plan: WalkPlan, run_id: str) -> list[str]:
+    """Say in what a block's footer differs from the run it lies in."""
+    wrong = []
+    if stamp.schema != SCHEMA_VERSION:
+        wrong.append(f"written by schema {stamp.schema}, this version reads {SCHEMA_VERSION}")
+    if stamp.run_id != run_id:
+        wrong.append(f"belongs to run {stamp.run_id}, not {run_id}")
+    if stamp.parameters != json.loads(json.dumps(plan.parameters)):
+        wrong.append("has another parameter layout")
+    elif stamp.plan != plan_digest(plan):
+        wrong.append("was computed by another plan (plan.json has changed)")
+    return wrong
+
+
+def to_numpy(column: pa.ChunkedArray, rows: np.ndarray, dim: int) -> np.ndarray:
+    """Some rows of a column; of momentum those that have it, (rows, dim)."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    if isinstance(array, pa.FixedShapeTensorArray):
+        return array.to_numpy_ndarray()[rows]
+    if isinstance(array, pa.LargeListArray):
+        kept = array.take(pa.array(rows)).drop_null()
+        return kept.flatten().to_numpy().reshape(-1, dim)
+    return array.to_numpy(zero_copy_only=False)[rows]
+
+
+def join_parts(parts: list[np.ndarray]) -> np.ndarray:
+    """Arrays one after the other, without a copy of a single one; empty for none."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)

@@ -7,8 +7,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +53,7 @@ def run(
     from pipeline.run import claim, prepare
     from pipeline.stages.cost import estimate_cost, refuse_what_does_not_fit
     from pipeline.stages.estimate import check_weights
+    from pipeline.terminal import shown_progress
 
     job = prepare(load_config(config, _with_places(overrides, storage, address)))
     refuse_what_does_not_fit(estimate_cost(job))
@@ -64,7 +63,7 @@ def run(
     if finished(job):
         out.print("Everything is done already; nothing to do.")
     else:
-        with _progress(quiet) as progress:
+        with shown_progress(out, quiet) as progress:
             execute(job, progress, in_this_process() if serial else _on_ray(job))
     show_result(job, out)
 
@@ -291,28 +290,6 @@ def _on_ray(job: Any) -> Any:
     from workers.hands import on_ray  # late: Ray takes seconds to import, and a finished run needs none of it
 
     return on_ray(job.config)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A live bar on a terminal, plain lines elsewhere."""
-    from pipeline.progress import LogProgress
-    from pipeline.terminal import LiveProgress
-
-    if out.is_terminal and not quiet:
-        with LiveProgress(out) as progress:
-            yield progress
-        return
-    logger = logging.getLogger("fiberwalk")
-    logger.setLevel(logging.INFO)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield LogProgress()
-    finally:
-        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

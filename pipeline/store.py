@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.blocks import (
-    SCHEMA_VERSION,
     SMALL,
     SampleBlock,
     Stamp,
     arrow_schema,
-    plan_digest,
+    differences,
+    join_parts,
     read_stamp,
+    to_numpy,
     write_block,
 )
 from pipeline.errors import InputError, RunError
@@ -194,12 +195,12 @@ class SampleStore:
                 if len(inside):
                     table = file.read_row_group(group, columns=columns)
                     for name in columns:
-                        found[name].append(_to_numpy(table.column(name), inside, self.plan.dim))
+                        found[name].append(to_numpy(table.column(name), inside, self.plan.dim))
         except (pa.ArrowInvalid, OSError) as error:
             raise self._broken(key, error) from None
         finally:
             file.close()
-        return {name: _join(parts) for name, parts in found.items()}
+        return {name: join_parts(parts) for name, parts in found.items()}
 
     def read_block(self, key: BlockKey, columns: Sequence[str] | None = None) -> SampleBlock:
         """Return a block; fields of columns that are not asked for stay empty."""
@@ -282,36 +283,6 @@ class SampleStore:
             found = self.read_columns(BlockKey(shard, block), columns, rows)
             for name in columns:
                 parts[name].append(found[name])
-        joined = {name: _join(values) for name, values in parts.items()}
+        joined = {name: join_parts(values) for name, values in parts.items()}
         order = np.argsort(joined["walk"], kind="stable")
         return Points(**{name: values[order] for name, values in joined.items()})
-
-
-def differences(stamp: Stamp, plan: WalkPlan, run_id: str) -> list[str]:
-    """Say in what a block's footer differs from the run it lies in."""
-    wrong = []
-    if stamp.schema != SCHEMA_VERSION:
-        wrong.append(f"written by schema {stamp.schema}, this version reads {SCHEMA_VERSION}")
-    if stamp.run_id != run_id:
-        wrong.append(f"belongs to run {stamp.run_id}, not {run_id}")
-    if stamp.parameters != json.loads(json.dumps(plan.parameters)):
-        wrong.append("has another parameter layout")
-    elif stamp.plan != plan_digest(plan):
-        wrong.append("was computed by another plan (plan.json has changed)")
-    return wrong
-
-
-def _to_numpy(column: pa.ChunkedArray, rows: np.ndarray, dim: int) -> np.ndarray:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
-    if isinstance(array, pa.FixedShapeTensorArray):
-        return array.to_numpy_ndarray()[rows]
-    if isinstance(array, pa.LargeListArray):
-        kept = array.take(pa.array(rows)).drop_null()
-        return kept.flatten().to_numpy().reshape(-1, dim)
-    return array.to_numpy(zero_copy_only=False)[rows]
-
-
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)

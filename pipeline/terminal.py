@@ -1,7 +1,9 @@
-"""The live bar of the terminal."""
+"""What a person sees while a run works: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from pipeline.progress import LogProgress
+from pipeline.progress import Progress as Shown
 
 
 class _LiveBar:
@@ -58,3 +63,22 @@ class LiveProgress:
             yield _LiveBar(self._rich, task)
         finally:
             self._rich.stop_task(task)
+
+
+@contextmanager
+def shown_progress(console: Console, quiet: bool) -> Iterator[Shown]:
+    """A live bar on a terminal, unless it shall be quiet; plain lines on the standard output elsewhere."""
+    if console.is_terminal and not quiet:
+        with LiveProgress(console) as progress:
+            yield progress
+        return
+    logger = logging.getLogger("fiberwalk")
+    logger.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield LogProgress()
+    finally:
+        logger.removeHandler(handler)

@@ -83,9 +83,7 @@ def _train(
     """Adam with a falling rate; leaves the best weights in `remainder`. Goes on from the last checkpoint."""
     optimiser = torch.optim.AdamW(remainder.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
     best = {name: value.clone() for name, value in remainder.state_dict().items()}
-    curve: list[dict[str, Any]] = [judge(remainder, 0)]
-    first = 0
-    found = team.restore()
+    first, curve, found = 0, [judge(remainder, 0)], team.restore()
     if found is not None and found[1]["step"]:
         first, curve = int(found[1]["step"]), list(found[1]["curve"])
         best = _load(found[0], remainder, optimiser)
@@ -93,28 +91,31 @@ def _train(
     remainder.train()
     every = max(1, steps // CHECKS)
     for step in range(first, steps):
-        for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        _set_rate(optimiser, step, steps)
         loss = _loss(run, job, team, wrapped, remainder, term, judge, step, weight_after(run, curve))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(remainder.parameters(), 1.0)
         optimiser.step()
         if (step + 1) % every == 0:
-            curve.append(
-                judge(remainder, step + 1) | {"weight": weight_after(run, curve), "loss": float(loss.detach())}
-            )
+            told = {"weight": weight_after(run, curve), "loss": float(loss.detach())}
+            curve.append(judge(remainder, step + 1) | told)
             if curve[-1]["score"] <= min(point["score"] for point in curve):
                 best = {name: value.clone() for name, value in remainder.state_dict().items()}
             if len(curve) % SAVE_EVERY == 0:
                 tensors = _dump(remainder, optimiser, best) | term.model.chain.to_tensors()
                 team.save(step + 1, tensors, {"step": step + 1, "curve": curve, "squares": squares})
-            since = len(curve) - 1 - min(range(len(curve)), key=lambda i: curve[i]["score"])
-            if since >= PATIENCE:
+            if len(curve) - 1 - min(range(len(curve)), key=lambda i: curve[i]["score"]) >= PATIENCE:
                 break
     remainder.load_state_dict(best)
     remainder.eval()
     return curve
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """A short rise, then half a cosine down to zero."""
+    for group in optimiser.param_groups:
+        group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def weight_after(run: Run, curve: list[dict[str, Any]]) -> float:

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.blocks import SMALL, STATUSES, arrow_schema, read_stamp
+from pipeline.blocks import SMALL, STATUSES, arrow_schema, differences, read_stamp
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.seal import BrokenBlock, check_seal
 from pipeline.storage import Storage
-from pipeline.store import SampleStore, differences
+from pipeline.store import SampleStore
 
 _WHOLE = 256 * 2**20
 """Objects up to this size are read in one piece; larger ones twice, in pieces."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -104,22 +105,14 @@ def estimate_cost(run: Run) -> Cost:
     steps = MOST_STEPS if walk.steps == "auto" else walk.steps
     records = math.ceil((AUTO_STEPS if walk.steps == "auto" else steps) / walk.record_every)
     walks_here = min(walk.walks_per_shard, walk.walks)
-    bounds = [walk.walks * k // config.map.starts for k in range(config.map.starts + 1)]
-    shards = sum(-(-(high - low) // walk.walks_per_shard) for low, high in zip(bounds[:-1], bounds[1:], strict=True))
+    shards = _shards(config)
     in_block = records_per_block(records, walk.walks_per_shard, dim, walk.dtype)
     blocks = shards * -(-records // in_block)
     pilot = WALKS * steps * PILOT_TRIALS if "auto" in (walk.length, walk.steps) else 0
     data = sum(leaf.nbytes for rows in _splits(run) for leaf in leaves(rows.x))
     positions, block = walks_here * dim * item, in_block * walks_here * dim * item
     rank = 0 if walk.correction in ("plain", "momentum") else min(walk.rank, dim)
-    settings = config.deformation
-    deformation = 0 if settings.kind == "none" else PROCESS_BYTES + data + _deformation_bytes(config, dim)
-    actor = (
-        f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks_here} walks x {dim:,} "
-        f"x {item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature"
-    )
-    fit = readable(_deformation_bytes(config, dim))
-    training = f"{readable(PROCESS_BYTES)} + {readable(data)} data + {fit} for rank {settings.rank}"
+    fitted, fit = config.deformation.kind != "none", _deformation_bytes(config, dim)
     return Cost(
         run_id=config.run_id,
         parameters=dim,
@@ -134,13 +127,16 @@ def estimate_cost(run: Run) -> Cost:
         block_bytes=block,
         actor_bytes=PROCESS_BYTES + 3 * data + WALK_COPIES * positions + 2 * block + (rank + 2) * dim * 8,
         actors=min(_actors(config), shards),
-        deformation_bytes=deformation,
-        deformation_workers=0 if settings.kind == "none" else settings.workers,
+        deformation_bytes=PROCESS_BYTES + data + fit if fitted else 0,
+        deformation_workers=config.deformation.workers if fitted else 0,
         driver_bytes=PROCESS_BYTES + 2 * data + 6 * dim * 8,
         machine_bytes=machine_memory(),
         disk_bytes=_free_disk(run),
         embedded=config.cluster.address is None,
-        arithmetic={"actor": actor, "deformation": training},
+        arithmetic={
+            "actor": _walking(data, (walks_here, dim, item), block, rank),
+            "deformation": _training(config, data, fit),
+        },
     )
 
 
@@ -167,6 +163,28 @@ def refuse_what_does_not_fit(cost: Cost) -> None:
         f"The run does not fit: {what} + driver {readable(cost.driver_bytes)} = {readable(cost.peak_bytes)}, and this "
         f"machine has {readable(cost.machine_bytes)}. {way_out}, or name a cluster with cluster.address."
     )
+
+
+def _walking(data: int, positions: tuple[int, int, int], block: int, rank: int) -> str:
+    """Arithmetic of the memory of an actor; `positions`: walks, parameters, bytes of a number."""
+    walks, dim, item = positions
+    return (
+        f"{readable(PROCESS_BYTES)} + 3 x {readable(data)} data + {WALK_COPIES} x {walks} walks x {dim:,} "
+        f"x {item} bytes + 2 x {readable(block)} block + ({rank} + 2) x {dim:,} x 8 bytes curvature"
+    )
+
+
+def _training(config: Config, data: int, fit: int) -> str:
+    """Arithmetic of the memory of a training worker."""
+    parts = f"{readable(PROCESS_BYTES)} + {readable(data)} data + {readable(fit)}"
+    return f"{parts} for rank {config.deformation.rank}"
+
+
+def _shards(config: Config) -> int:
+    """Shards of all starts, as `WalkPlan.shards` deals them."""
+    walks, starts = config.walk.walks, config.map.starts
+    bounds = [walks * k // starts for k in range(starts + 1)]
+    return sum(-(-(high - low) // config.walk.walks_per_shard) for low, high in itertools.pairwise(bounds))
 
 
 def _actors(config: Config) -> int:

@@ -135,7 +135,7 @@ def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
     import torch
     from safetensors.torch import load
 
-    from pipeline.build import bare_network, start_folder
+    from pipeline.build import MAP_FILES, bare_network, start_folder
     from pipeline.data.schema import DataSchema
     from pipeline.run import stored_config
     from pipeline.storage import Storage
@@ -145,7 +145,9 @@ def _state_dicts(run_uri: str, selection: Selection, trust_code: bool) -> State:
     networks = {}
     for start in sorted(set(selection.starts.tolist())):
         networks[start] = bare_network(config, schema, start, getattr(torch, selection.dtype))
-        networks[start].module.load_state_dict(load(storage.read(f"{start_folder(start)}/theta.safetensors")))
+        folder, name = start_folder(start), MAP_FILES[0]
+        digest = storage.read_json(f"{folder}/map.json")["files"][name]
+        networks[start].module.load_state_dict(load(storage.read_checked(f"{folder}/{name}", digest)))
     chosen = {parameter.name for parameter in selection.parameters}
     complete = len(chosen) == len(next(iter(networks.values())).layout.names)
 
