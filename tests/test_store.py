@@ -164,10 +164,13 @@ def test_a_block_is_ordinary_parquet_for_other_readers(tmp_path: Path):
     table = store.dataset().to_table()
     assert table.num_rows == plan.rows
     assert pyarrow.dataset.dataset(walks, partitioning="hive").to_table().num_rows == plan.rows
-    count, distinct, kind, total = duckdb.sql(
+    query = (
         "select count(*), count(distinct walk * 1000 + step), typeof(any_value(theta)), sum(list_sum(theta)) "
         f"from read_parquet('{walks}/**/*.parquet', hive_partitioning = true)"
-    ).fetchall()[0]
+    )
+    row = duckdb.connect().execute(query).fetchone()
+    assert row is not None
+    count, distinct, kind, total = row
     assert (count, distinct, kind) == (plan.rows, plan.rows, "FLOAT[]")
     theta = table.column("theta").combine_chunks().to_numpy_ndarray()
     assert total == pytest.approx(theta.astype(np.float64).sum(), rel=1e-4)
