@@ -32,8 +32,10 @@ WORSE = 0.02
 MOST_STEPS = 800
 GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
-
-
+WIDER_GUARD = 2.0
+"""Limit of the guard, relative to the usual one, that is tried where the guard has held walks back."""
+HELD_BACK = 0.95
+"""A walk was held back if its drift ended below this share of what it would have been."""
 EQUAL = 0.002
 """Scores that differ by less, on the same scale, are taken as equal."""
 
@@ -45,6 +47,7 @@ class Choice:
     correction: str
     length: float
     steps: int
+    guard_limit: float
     best_radius: float
     rule: str
     curve: list[dict[str, Any]]
@@ -66,6 +69,9 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
     since their curves reach their best earlier or not much later. The length ends at twice the distance at which
     posterior draws lie where the data say nothing, sqrt(sum 1 / alpha): beyond, the prior forbids. Where the rise
     decides, the walk that gets furthest is taken.
+
+    Where the guard held walks back and validation rows decide, a wider guard is tried, and taken if its score is
+    clearly better: with few parameters that the data leave free, walks that fit worse may still predict better.
     """
     problem = load_problem(run, 0, dataclasses.replace(plan, compile=False))  # a few walks do not repay a compiler
     automatic = run.config.walk.length == "auto" and plan.tilt == "none"
@@ -74,12 +80,16 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
         begin = min(trials, key=lambda trial: trial.score).plan.length if trials else FIRST_LENGTH
         trials += _double(run, candidate, problem, begin) if automatic else [_try(run, candidate, problem)]
     best = _shortest_of_the_best(trials) if uses_validation(run) else max(trials, key=lambda trial: trial.radius)
+    if automatic and uses_validation(run):
+        best = _with_wider_guard(run, best, trials, problem)
     spent, steps = sum(trial.steps for trial in trials) * min(WALKS, plan.walks), plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best.plan, problem, best.radius)
         spent += cost
     rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
-    yield Choice(best.plan.correction, best.plan.length, steps, best.radius, rule, best.curve, spent)
+    yield Choice(
+        best.plan.correction, best.plan.length, steps, best.plan.guard_limit, best.radius, rule, best.curve, spent
+    )
 
 
 def _candidates(run: Run, plan: WalkPlan, problem: Problem) -> list[WalkPlan]:
@@ -103,6 +113,22 @@ class _Trial:
     curve: list[dict[str, Any]]
     steps: int
     """Steps that were taken."""
+
+
+def _with_wider_guard(run: Run, best: _Trial, trials: list[_Trial], problem: Problem) -> _Trial:
+    """The best trial, or one with a wider guard that is clearly better; adds what it tried to the trials."""
+    if not any(_held_back(trial) for trial in trials if trial.plan.correction == best.plan.correction):
+        return best
+    wider = dataclasses.replace(best.plan, guard_limit=WIDER_GUARD * best.plan.guard_limit)
+    more = list(_double(run, wider, problem, wider.length))
+    trials += more
+    further = _shortest_of_the_best(more)
+    return further if further.score < best.score - WORSE * (0.5 + best.score) else best
+
+
+def _held_back(trial: _Trial) -> bool:
+    """Whether the guard paused the drift, so that the walk ended short of its length."""
+    return trial.curve[-1]["radius"] < HELD_BACK * trial.plan.length * trial.steps / trial.plan.steps
 
 
 def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:

@@ -74,12 +74,13 @@ def settle_plan(run: Run, executor: Executor, progress: Progress) -> WalkPlan:
             plan.with_correction(choice.correction),
             length=choice.length,
             steps=choice.steps,
+            guard_limit=choice.guard_limit,
             record_every=plan.record_every * (choice.steps // plan.steps),
             chosen={**plan.chosen, "correction": choice.correction, "pilot": dataclasses.asdict(choice)},
         )
         progress.note(
-            f"Chosen: {plan.correction} walks of length {plan.length:.3g} in {plan.steps} steps "
-            f"(best radius of the pilot {choice.best_radius:.3g})"
+            f"Chosen: {plan.correction} walks of length {plan.length:.3g} in {plan.steps} steps, "
+            f"guard at {plan.guard_limit:g} gamma (best radius of the pilot {choice.best_radius:.3g})"
         )
     run.storage.create_json("plan.json", plan.to_json())
     return WalkPlan.from_json(run.storage.read_json("plan.json"))
