@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, few
 from pipeline.own_code import cause
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -70,11 +70,7 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, Tensor], uri: str
         and not name.endswith("num_batches_tracked")
         and not any(other in state for other in tied[id(value)])
     ]
-    problems = [f"lacks {_some(missing)}"] if missing else []
-    problems += [f"has {_some(unexpected)}, which the network has not"] if unexpected else []
+    problems = [f"lacks {few(missing)}"] if missing else []
+    problems += [f"has {few(unexpected)}, which the network has not"] if unexpected else []
     if problems:
         raise InputError(f"model.weights: {uri} {' and '.join(problems)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

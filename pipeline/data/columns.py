@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.compute
 
 from pipeline.data.tables import is_number
-from pipeline.errors import InputError
+from pipeline.errors import InputError, few
 
 pc: Any = pyarrow.compute
 
 MAX_LEVELS = 64
 """Most levels of a text column that is one-hot encoded."""
+_NAMED = 8
+"""Names that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def encode_columns(table: pa.Table, columns: tuple[Column, ...], where: str) -> 
     """
     lost = [column.name for column in columns if column.name not in table.column_names]
     if lost:
-        raise InputError(f"{where}: the column '{lost[0]}' is missing; there are {_some(table.column_names)}")
+        raise InputError(f"{where}: the column '{lost[0]}' is missing; there are {few(table.column_names, _NAMED)}")
     features = np.empty((len(table), sum(column.width for column in columns)))
     place = 0
     for column in columns:
@@ -105,7 +107,7 @@ def _plain(values: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
     if pa.types.is_temporal(kind):
         raise InputError(f"{where}: column '{name}' holds dates or times ({kind}); turn it into numbers or remove it")
     if pa.types.is_null(kind):
-        raise InputError(f"{where}: column '{name}' is empty: all {len(values)} values are missing; remove it")
+        raise InputError(f"{where}: column '{name}' is empty: all {len(values)} values are missing; remove or fill it")
     if pa.types.is_decimal(kind):
         return values.cast(pa.float64())
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
@@ -169,7 +171,7 @@ def _one_hot(values: pa.ChunkedArray, column: Column, where: str) -> np.ndarray:
         row = int(np.flatnonzero(np.isnan(found.astype(float)))[0])
         raise InputError(
             f"{where}: column '{column.name}' holds '{values[row]}' in row {row}, which is not among the values that "
-            f"the network was trained on: {_some(list(column.levels))}"
+            f"the network was trained on: {few(list(column.levels), _NAMED)}"
         )
     return np.eye(len(column.levels))[found.astype(np.int64)]
 
@@ -182,7 +184,3 @@ def _refuse_missing(values: pa.ChunkedArray, name: str, where: str) -> None:
 
 def _missing_text(count: int, name: str, row: int, where: str) -> str:
     return f"{where}: {count} missing values in column '{name}', the first in row {row}; remove or fill them"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -16,10 +16,10 @@ from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, facts_path, memory_estimate
 from pipeline.fitting.loading import load_deformation
+from pipeline.machine import machine_memory
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
-from pipeline.stages.cost import machine_memory
 from pipeline.stages.draw_radius import choose_draw_radius
 from pipeline.store import SampleStore
 

@@ -12,7 +12,6 @@ from safetensors.numpy import load, save
 from pipeline.bayes.metrics import class_nll
 from pipeline.bayes.mixture import mixture_quantile
 from pipeline.bayes.predictive import Averaged
-from pipeline.bayes.trees import row_count
 from pipeline.data.schema import Part
 from pipeline.run import Run
 from pipeline.stages.comparison import Comparison
@@ -194,8 +193,3 @@ def looks_like_images(x: np.ndarray) -> bool:
         side = round(float(x.shape[1]) ** 0.5)
         return side >= 8 and side * side == x.shape[1]
     return x.ndim in (3, 4) and min(x.shape[-2:]) >= 8 and (x.ndim == 3 or x.shape[1] in (1, 3))
-
-
-def rows_of(x: Any) -> int:
-    """Number of rows of any inputs."""
-    return row_count(x)

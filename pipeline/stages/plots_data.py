@@ -13,8 +13,6 @@ from pipeline.stages.plots import Arrays, methods_in
 from pipeline.stages.svg import INK, METHOD_COLOURS, MUTED, SERIES, Figure, drawing
 from pipeline.stages.table import title
 
-LEVELS = np.linspace(0.05, 0.95, 19)
-
 
 def band_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
     """Predictive mean and 90 % interval over one input."""
