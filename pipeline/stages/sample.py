@@ -99,9 +99,6 @@ def draft_plan(run: Run) -> WalkPlan:
     network, _ = load_network(run, 0, DTYPES[walk.dtype])
     correction = "momentum" if walk.correction == "auto" else walk.correction
     steps = AUTO_STEPS if walk.steps == "auto" else walk.steps
-    length = 1.0 if walk.length == "auto" else walk.length
-    if walk.tilt == "posterior":
-        length = _tilted_length(network, info["prior_precision"])
     rows = len(run.dataset.train.y)
     batch = 0 if walk.batch_size == "full" else walk.batch_size
     few = to_tensors(slice_rows(run.dataset.train.x, 0, 2), network.dtype, network.device)
@@ -112,7 +109,7 @@ def draft_plan(run: Run) -> WalkPlan:
         walks=walk.walks,
         walks_per_shard=walk.walks_per_shard,
         starts=run.config.map.starts,
-        length=length,
+        length=_first_length(run, network, info["prior_precision"]),
         steps=steps,
         record_every=walk.record_every,
         records_per_block=records_per_block(records, walk.walks_per_shard, network.dim, walk.dtype),
@@ -144,6 +141,9 @@ def records_per_block(records: int, walks: int, dim: int, dtype: str) -> int:
     return min(fitting, max(1, math.ceil(records / LEAST_BLOCKS)))
 
 
-def _tilted_length(network: Network, precision: Any) -> float:
-    """Root mean square of the drift of a tilted walk, sqrt(sum 1 / alpha)."""
+def _first_length(run: Run, network: Network, precision: Any) -> float:
+    """Length before a pilot; of a tilted walk the root mean square of its drift, sqrt(sum 1 / alpha)."""
+    walk = run.config.walk
+    if walk.tilt != "posterior":
+        return 1.0 if walk.length == "auto" else walk.length
     return float((1 / prior_precision(network.layout, precision, torch.float64)).sum().sqrt())
