@@ -49,10 +49,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(BENCH_STAMP)
-	$(BIN)/python tests/bench/bench_walk.py
-	$(BIN)/python tests/bench/bench_scheduler.py
-	$(BIN)/python tests/bench/bench_store.py
-	$(BIN)/python tests/bench/deformation_table.py
+	$(BIN)/python -m tests.bench.bench_walk
+	$(BIN)/python -m tests.bench.bench_scheduler
+	$(BIN)/python -m tests.bench.bench_store
+	$(BIN)/python -m tests.bench.bench_beside
 
 study: $(BENCH_STAMP)
 	$(BIN)/python tests/bench/study.py

@@ -22,7 +22,10 @@ def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
 
 def torch_generator(rng: np.random.Generator, below: int = 2**62) -> torch.Generator:
-    """Return a torch generator of its own, seeded from a stream by a whole number smaller than `below`."""
+    """Return a torch generator of its own, seeded from a stream by a whole number smaller than `below`.
+
+    The seed is that of the new generator alone: the global state of torch is not touched.
+    """
     import torch  # not above: plan and store are read by commands that need no torch
 
     return torch.Generator().manual_seed(int(rng.integers(below)))

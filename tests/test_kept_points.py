@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.bayes.deformation import gaussian
-from pipeline.bayes.deformation.gaussian import Gaussian, KeptPoints
+from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.fitting import reading
+from pipeline.fitting.reading import KeptPoints
 
 POINTS = torch.from_numpy(np.random.default_rng(0).standard_normal((12, 3)))
 
@@ -27,7 +28,7 @@ def reader(reads: list[float]) -> KeptPoints:
 def test_points_are_read_again_only_where_they_do_not_fit(
     limit: int, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gaussian, "KEEP_BYTES", limit)
+    monkeypatch.setattr(reading, "KEEP_BYTES", limit)
     reads: list[float] = []
     kept, plain = reader(reads), reader([])
     for radius in (1.0, 1.0, 2.0):

@@ -9,11 +9,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation
-from pipeline.bayes.deformation.gaussian import Gaussian, KeptPoints
+from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
 from pipeline.fitting.job import facts_path, weights_path
+from pipeline.fitting.reading import KeptPoints
 from pipeline.run import Run
 from pipeline.store import SampleStore
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ BEYOND = 2
 """Further looks, for draws beyond the selected radius."""
 CACHE_BYTES = 256 << 20
 KEEP_BYTES = 256 << 20
+Part = TypeVar("Part")
 COLUMNS = ["walk", "radius", "potential", "status", "theta"]
 
 
@@ -55,29 +57,48 @@ def stored_rows(store: SampleStore, keys: list[BlockKey]) -> Iterator[dict[str, 
         yield rest
 
 
-class Kept:
-    """Rows that are read again and again: kept where they fit `KEEP_BYTES`, else streamed on every pass."""
+class Kept(Generic[Part]):
+    """Parts that are read again and again: kept where they fit `KEEP_BYTES`, else streamed on every pass."""
 
-    def __init__(self, read: Callable[[], Iterator[Rows]]):
-        self._read = read
-        self._rows: list[Rows] | None = None
+    def __init__(self, read: Callable[[], Iterator[Part]], size: Callable[[Part], int]):
+        self._read, self._size = read, size
+        self._parts: list[Part] | None = None
         self._large = False
 
-    def __iter__(self) -> Iterator[Rows]:
-        if self._rows is not None:
-            yield from self._rows
+    def __iter__(self) -> Iterator[Part]:
+        if self._parts is not None:
+            yield from self._parts
             return
-        rows: list[Rows] = []
+        parts: list[Part] = []
         size = 0
         for part in self._read():
-            size += part.theta.nbytes
+            size += self._size(part)
             self._large = self._large or size > KEEP_BYTES
             if self._large:
-                rows.clear()
+                parts.clear()
             else:
-                rows.append(part)
+                parts.append(part)
             yield part
-        self._rows = None if self._large else rows
+        self._parts = None if self._large else parts
+
+
+class KeptPoints:
+    """Points at the radius that was last asked for, kept where they fit: reading them takes longer than a draw."""
+
+    def __init__(self, read: Callable[[float], Iterator[Tensor]]):
+        self._read = read
+        self._kept: dict[float, Kept[Tensor]] = {}
+
+    def __call__(self, radius: float) -> Iterator[Tensor]:
+        """The same batches as `read` gives, in the same order."""
+        if radius not in self._kept:
+            self._kept = {radius: Kept(lambda: self._read(radius), lambda batch: batch.nbytes)}
+        return iter(self._kept[radius])
+
+
+def rows_bytes(rows: Rows) -> int:
+    """Bytes of the positions of a batch, which are all that counts."""
+    return rows.theta.nbytes
 
 
 def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) -> Rows:

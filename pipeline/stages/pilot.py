@@ -34,7 +34,7 @@ GAIN = 0.7
 """`steps: auto` doubles the steps while that brings the rise at the best radius below this share of what it was."""
 WIDER_GUARD = 2.0
 """Limit of the guard, relative to the usual one, that is tried where the guard has held walks back."""
-HELD_BACK = 0.95
+PAUSED = 0.95
 """A walk was held back if its drift ended below this share of what it would have been."""
 EQUAL = 0.002
 """Scores that differ by less, on the same scale, are taken as equal."""
@@ -128,7 +128,7 @@ def _with_wider_guard(run: Run, best: _Trial, trials: list[_Trial], problem: Pro
 
 def _held_back(trial: _Trial) -> bool:
     """Whether the guard paused the drift, so that the walk ended short of its length."""
-    return trial.curve[-1]["radius"] < HELD_BACK * trial.plan.length * trial.steps / trial.plan.steps
+    return trial.curve[-1]["radius"] < PAUSED * trial.plan.length * trial.steps / trial.plan.steps
 
 
 def _shortest_of_the_best(trials: list[_Trial]) -> _Trial:

@@ -16,31 +16,6 @@ from torch import Tensor
 Points = Callable[[float], Iterator[Tensor]]
 """Radius -> batches of the walks' points at it, (b, D), always in the same order."""
 
-KEEP_BYTES = 256 << 20
-"""Points that take no more are kept between draws; more are read anew each time."""
-
-
-class KeptPoints:
-    """Points at the radius that was last asked for, kept where they fit: reading them takes longer than a draw."""
-
-    def __init__(self, read: Points):
-        self._read = read
-        self._radius: float | None = None
-        self._kept: list[Tensor] = []
-
-    def __call__(self, radius: float) -> Iterator[Tensor]:
-        """The same batches as `read` gives, in the same order."""
-        if radius == self._radius:
-            yield from self._kept
-            return
-        kept: list[Tensor] | None = []
-        size = 0
-        for batch in self._read(radius):
-            size += batch.nbytes
-            kept = None if kept is None or size > KEEP_BYTES else [*kept, batch]
-            yield batch
-        self._radius, self._kept = (None, []) if kept is None else (radius, kept)
-
 
 @dataclass(frozen=True)
 class Gaussian:
