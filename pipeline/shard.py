@@ -149,8 +149,9 @@ def walk_block(
     for positions in theta:
         for _ in range(plan.record_every):
             advance(kernel, state)
-        secure(state)
-        info = measure_record(plan, problem, state)
+        info = measure_record(problem, state)
+        if secure(state, info.potential):
+            info = measure_record(problem, state)
         gone_back += int(state.halved.sum())
         parts.append(_columns(plan, state, info))
         np.copyto(positions, state.position.cpu().numpy())
@@ -169,7 +170,7 @@ def walk_block(
     return block, gone_back
 
 
-def measure_record(plan: WalkPlan, problem: Problem, state: WalkState) -> WalkInfo:
+def measure_record(problem: Problem, state: WalkState) -> WalkInfo:
     """Potential, gradient norm and distance at the present points.
 
     With minibatches the potential is still that of all rows, and the gradient norm is of that of all rows too.

@@ -172,6 +172,19 @@ def test_the_stored_drift_of_a_prior_scaled_walk_has_its_length_and_its_scale(tm
     assert ratio == pytest.approx(10, rel=0.1)  # 200 x 9 normals or more a group: two per cent of error
 
 
+def test_a_record_is_finite_even_where_nothing_guards_a_walk_that_explodes(tmp_path):
+    # The step is ten times the inverse curvature, so that parameters grow ninefold a step and their squares overflow.
+    walk = {"guard": False, "correction": "plain", "step_size": 10.0, "steps": 60}
+    run = opened(tmp_path, walk=walk)
+    estimate(run, SerialExecutor(), LogProgress())
+    sample(run, SerialExecutor(), LogProgress())
+    columns = ["potential", "nll", "grad_norm", "distance", "status"]
+    table = SampleStore.open(run.uri).dataset().to_table(columns=columns).to_pandas()
+    assert (table["distance"] > 1e9).any(), "no walk exploded"
+    assert np.isfinite(table[columns[:-1]].to_numpy(dtype=float)).all()
+    assert (table["status"] == "halved").any()
+
+
 def test_float64_walks_are_stored_in_float64(tmp_path):
     run = opened(tmp_path, walk={"dtype": "float64", "correction": "plain"})
     estimate(run, SerialExecutor(), LogProgress())

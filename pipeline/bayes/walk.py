@@ -246,11 +246,23 @@ def set_anchor(state: WalkState, nll: Tensor) -> None:
     state.halved = torch.zeros_like(state.halved)
 
 
-def secure(state: WalkState) -> None:
-    """Put walks that are not finite back to the last record, before a record is made."""
-    lost = ~torch.isfinite(state.position.sum(dim=1))
-    if bool(lost.any()):
-        _go_back(state, lost, state.nll)
+def secure(state: WalkState, potential: Tensor) -> bool:
+    """Put walks that are not finite back to their last record, before a record is made.
+
+    A record that is not finite would be a point of no return: it is what a walk goes back to.
+
+    Args:
+        state: The walks.
+        potential: U, or the NLL, of every walk, (W,).
+
+    Returns:
+        Whether a walk went back, so that what was measured of it no longer holds.
+    """
+    lost = ~(torch.isfinite(state.position.sum(dim=1)) & torch.isfinite(potential))
+    if not bool(lost.any()):
+        return False
+    _go_back(state, lost, state.nll)
+    return True
 
 
 def _lost(kernel: WalkKernel, state: WalkState, nll: Tensor) -> Tensor:

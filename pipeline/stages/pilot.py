@@ -223,7 +223,7 @@ def _curve(
     for step in range(1, plan.steps + 1):
         advance(kernel, state)
         if step % every == 0:
-            secure(state)
+            secure(state, state.nll)
             set_anchor(state, state.nll)
             sound = state.position[~state.diverged]
             curve.append(
