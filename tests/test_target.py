@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence
 from torch import nn
 
 from pipeline.bayes import curvature as curvature_module
@@ -97,6 +98,56 @@ def test_lanczos_agrees_with_the_whole_matrix(monkeypatch):
     assert abs(lanczos.gamma - whole.gamma) < 5 * np.sqrt(2 * whole.gamma / 6)
     eye = lanczos.vectors @ lanczos.vectors.T
     assert torch.allclose(eye, torch.eye(len(eye), dtype=eye.dtype), atol=1e-6)
+
+
+def test_no_step_size_is_divided_by_a_curvature_that_is_not_positive(monkeypatch):
+    potential = softmax_classifier()
+    theta = potential.network.theta()  # not a minimum: some curvatures are negative
+    dim = len(theta)
+    assert float(torch.linalg.eigvalsh(hessian(potential, theta))[0]) < 0
+    for dense in (dim, 1):
+        monkeypatch.setattr(curvature_module, "DENSE_DIM", dense)
+        found = measure(potential, theta, dim, stream(0, "test"))
+        assert len(found.values) and (found.values > 0).all() and found.lambda_max == float(found.values[0])
+
+
+def test_where_lanczos_finds_no_pair_the_largest_curvature_comes_from_power_iteration(monkeypatch):
+    def gives_up(*_args, **_settings):
+        raise ArpackNoConvergence("no pair", np.zeros(0), np.zeros((len(theta), 0)))
+
+    potential = softmax_classifier()
+    theta = quasi_newton(potential, potential.network.theta(), 1e-8, 2000)
+    whole = measure(potential, theta, 6, stream(0, "test"))
+    monkeypatch.setattr(curvature_module, "DENSE_DIM", 1)
+    monkeypatch.setattr(curvature_module, "eigsh", gives_up)
+    found = measure(potential, theta, 6, stream(0, "test"))
+    assert len(found.values) == 0
+    # Power iteration approaches from below and adds twice its last change, which is at most a thousandth.
+    assert whole.lambda_max * 0.99 <= found.lambda_max <= 1.1 * whole.lambda_max
+    assert found.deflated_max == found.lambda_max
+
+
+def test_curvature_on_a_part_of_the_rows_takes_the_fast_form_of_the_gradient(monkeypatch):
+    """A reference form in its place holds the layers of 32 points for all of these rows at once."""
+    potential = softmax_classifier(rows=60)
+    theta = potential.network.theta()
+    asked: list[torch.Tensor | None] = []
+    plain = potential.nll_gradient
+
+    def fast(points: torch.Tensor, rows: torch.Tensor | None = None):
+        asked.append(rows)
+        return plain(points, rows)
+
+    potential.nll_gradient = fast
+    monkeypatch.setattr(target_module, "DIFFERENCED", 0)
+    part = measure(potential, theta, 4, stream(0, "test"), max_rows=20)
+    assert asked and all(rows is not None and len(rows) == 20 for rows in asked)
+    rows = asked[0]
+    assert rows is not None
+    x, y = potential.x[rows], potential.y[rows]
+    few = Potential(potential.network, potential.likelihood, potential.precision / 3, x, y)
+    expected = 3 * float(torch.linalg.eigvalsh(hessian(few, theta))[-1])
+    assert part.lambda_max == pytest.approx(expected, rel=1e-6)
 
 
 def test_gamma_of_a_linear_model_is_its_trace():

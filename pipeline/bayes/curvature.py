@@ -77,15 +77,16 @@ def measure(
     if _dense_pays(potential, dim):
         values, vectors = torch.linalg.eigh(_dense(hessian, theta))
         values, vectors = values.flip(0), vectors.flip(1).T
-        k = min(rank, dim - 1)
+        k = min(rank, dim - 1, int((values > 0).sum()))  # a step size of its own needs a curvature to divide by
         deflated = float(values[k]) if k else float(values[0])
         gamma = occam(potential, theta, rng, scale)[0]
         return Curvature(float(values[0]), values[:k].clone(), vectors[:k].clone(), deflated, 0.0, gamma)
     pairs = 0 if dim > LANCZOS_DIM else min(rank, dim - 2, int(BASIS_BYTES / (8 * dim) / 2.5))
     values, vectors, residual = _leading(hessian, theta, pairs, rng)
-    lambda_max = float(values[0]) if pairs else power_iteration(hessian, theta, rng)
+    found = len(values) > 0  # Lanczos may end without any pair
+    lambda_max = float(values[0]) if found else power_iteration(hessian, theta, rng)
     deflated = (
-        power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if pairs else lambda_max
+        power_iteration(lambda v: _outside(hessian(_outside(v, vectors)), vectors), theta, rng) if found else lambda_max
     )
     gamma = occam(potential, theta, rng, scale)[0]
     return Curvature(lambda_max, values, vectors, deflated, residual, gamma)
@@ -149,12 +150,14 @@ def power_iteration(
 def _subset(potential: Potential, max_rows: int, rng: np.random.Generator) -> tuple[Potential, float]:
     if potential.rows <= max_rows:
         return potential, 1.0
-    index = torch.as_tensor(np.sort(rng.choice(potential.rows, max_rows, replace=False)))
+    index = torch.as_tensor(np.sort(rng.choice(potential.rows, max_rows, replace=False)), device=potential.y.device)
     x, y = take_rows(potential.x, index), potential.y[index]
-    smaller = Potential(
-        potential.network, potential.likelihood, potential.precision, x, y, row_batch=potential.row_batch
-    )
-    return smaller, potential.rows / max_rows
+
+    def gradient(theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return potential.nll_gradient(theta, index if rows is None else index[rows])
+
+    parts = potential.network, potential.likelihood, potential.precision
+    return Potential(*parts, x, y, gradient, potential.row_batch), potential.rows / max_rows
 
 
 def _dense_pays(potential: Potential, dim: int) -> bool:
