@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.bayes.baselines.laplace import Laplace
+from pipeline.bayes.baselines.laplace import Laplace, gauss_newton_matrix
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
-from pipeline.bayes.likelihood import Gaussian
+from pipeline.bayes.likelihood import Categorical, Gaussian
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
+from pipeline.models import seeded
 from pipeline.streams import stream
+from tests import own
 from tests.checks import assert_covariance
 
 
@@ -44,6 +46,21 @@ def test_laplace_torch_is_of_the_same_opinion_about_a_linear_gaussian_model():
     expected = np.einsum("ni,ij,nj->n", design, covariance, design)
     # The relative standard error of a variance from 4000 draws is sqrt(2 / 4000) = .022: six of them.
     assert np.allclose(outputs.var(axis=0) / expected, 1, atol=0.134)
+
+
+@pytest.mark.parametrize("make", [own.conv, own.recurrent, own.stacked, own.opaque])
+def test_laplace_takes_every_network_whether_or_not_torch_func_does(make):
+    """Recurrent layers have no batching rule, and functions of a user's own may be differentiable only once."""
+    with seeded(stream(0, "init")):
+        network = Network(make(), dtype=torch.float64)
+    x, y = own.images() if make is own.conv else own.sequences()
+    x, y = torch.as_tensor(x[:20]).double(), torch.as_tensor(y[:20])
+    likelihood = Categorical(4 if make is own.conv else 2)
+    flat = torch.zeros(network.dim, dtype=torch.float64)
+    exact = Potential(network, likelihood, flat, x, y).gauss_newton(network.theta(), torch.diag(flat + 1))
+    found = gauss_newton_matrix(network, likelihood, network.theta(), x)
+    # Where torch has no second derivative the reference is a difference, good to eight digits.
+    assert (found - exact).norm() < 1e-8 * exact.norm()
 
 
 def test_linearised_laplace_equals_the_network_where_the_network_is_linear():

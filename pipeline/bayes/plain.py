@@ -1,4 +1,4 @@
-"""Curvature products by plain autograd, one vector after the other, for networks that torch.func refuses.
+"""Curvature products and Jacobians by plain autograd, one by one, for networks that torch.func refuses.
 
 Slower than what `pipeline.bayes.target` does for all others, and the same numbers up to rounding. Where autograd has no
 second derivative, as for functions whose backward pass is not made of torch's own operations, differences of outputs
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.func import vjp, vmap
 
-from pipeline.bayes.trees import Tree
+from pipeline.bayes.trees import Tree, row_count, slice_rows
 
 if TYPE_CHECKING:
     from pipeline.bayes.params import Network
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 STEPS = {torch.float64: 3e-5, torch.float32: 3e-3}
 """Length of a difference's step on either side, in units of the parameters."""
+TOGETHER = 16
+"""Rows of one forward pass of a Jacobian: every backward pass goes through all of them."""
 AGREE = 0.05
 """Relative difference up to which a derivative and a difference count as the same."""
 
@@ -81,6 +84,28 @@ def gradient_differences(potential: Potential, theta: Tensor, vectors: Tensor) -
     gradient = potential.nll_gradient(torch.cat([theta + steps, theta - steps]))[0]
     ahead, behind = gradient.split(len(vectors))
     return (ahead - behind) * (lengths / (2 * STEPS[vectors.dtype])) + vectors * potential.precision
+
+
+def jacobian(network: Network, theta: Tensor, x: Tree) -> Tensor:
+    """Jacobian of the outputs of some rows, (rows, columns, D): a backward pass for each output.
+
+    For recurrent layers too, which have no batching rule going forward.
+    """
+    pieces = [slice_rows(x, first, first + TOGETHER) for first in range(0, row_count(x), TOGETHER)]
+    return torch.cat([_jacobian(network, theta, piece, network.batches(x)) for piece in pieces])
+
+
+def _jacobian(network: Network, theta: Tensor, x: Tree, batches: bool) -> Tensor:
+    if batches:
+        outputs, pull = vjp(lambda t: network.outputs(t, x), theta)  # pyright: ignore[reportAssignmentType]
+        units = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        slopes = vmap(pull)(units.view(-1, *outputs.shape))[0]
+    else:
+        leaf = theta.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            outputs = network.outputs(leaf, x)
+        slopes = torch.stack([_pull(value, leaf, torch.ones_like(value)) for value in outputs.reshape(-1)])
+    return slopes.view(*outputs.shape, -1)
 
 
 def _tangents(network: Network, theta: Tensor, x: Tree, vectors: Tensor) -> list[Tensor]:

@@ -188,6 +188,6 @@ class AveragedLikelihood:
 
 def draw_nll(network: Network, likelihood: Likelihood, theta: Tensor, x: Tree, y: Tensor) -> np.ndarray:
     """NLL of each draw on each row, (b, rows), in nats and the unit of the standardised target."""
-    y = y.double() if y.is_floating_point() else y
+    y = y.double().cpu() if y.is_floating_point() else y.cpu()
     pieces = [likelihood.nll(outputs, y[rows]).numpy() for rows, outputs in draw_outputs(network, theta, x)]
     return np.concatenate(pieces, axis=1)

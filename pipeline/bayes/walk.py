@@ -160,9 +160,11 @@ def tilt_vector(potential: Potential, theta_star: Tensor, xi: Tensor, noise: Ten
     """
 
     def pull(first: int, last: int) -> Tensor:
-        x = slice_rows(potential.x, first, last)
-        outputs, back = torch.func.vjp(lambda t: potential.network.outputs(t, x), theta_star)  # pyright: ignore[reportAssignmentType]
-        return back(potential.likelihood.curvature_root(outputs, noise[first:last]))[0]
+        leaf = theta_star.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            outputs = potential.network.outputs(leaf, slice_rows(potential.x, first, last))
+        root = potential.likelihood.curvature_root(outputs.detach(), noise[first:last])
+        return torch.autograd.grad(outputs, leaf, root)[0]
 
     size = potential.row_batch
     data = sum((pull(b, b + size) for b in range(0, potential.rows, size)), torch.zeros_like(theta_star))

@@ -7,14 +7,17 @@ Linearised: they go through its first-order expansion at theta* (Immer et al. 20
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
+from pipeline.bayes import plain
 from pipeline.bayes.likelihood import Likelihood
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
@@ -23,6 +26,8 @@ from pipeline.bayes.trees import Tree, map_tree, row_count, slice_rows
 LARGEST_DIM = 3000
 PRIOR_FACTORS = tuple(float(f) for f in np.logspace(-3, 3, 19))
 _JACOBIAN_BYTES = 128 * 2**20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,33 +59,41 @@ class Laplace:
         """Variance of the outputs of the linearised network, (rows, columns), in double precision."""
         shrink = (self.values + 1).rsqrt()
         pieces = jacobians(self.network, self.theta_star, x)
-        return torch.cat([(jacobian @ self.vectors * shrink).square().sum(-1) for _, _, jacobian in pieces])
+        return torch.cat([(jacobian @ self.vectors * shrink).square().sum(-1) for _, jacobian in pieces])
 
     def linearised(self, offsets: Tensor, x: Tree) -> Tensor:
         """Outputs of the linearised network for every offset (n, D), in double precision, (n, rows, columns)."""
-        moved = offsets.double().T
+        moved = offsets.double().cpu().T
         pieces = jacobians(self.network, self.theta_star, x)
-        return torch.cat([values + (jacobian @ moved).permute(2, 0, 1) for _, values, jacobian in pieces], dim=1)
+        return torch.cat([values + (jacobian @ moved).permute(2, 0, 1) for values, jacobian in pieces], dim=1)
 
 
-def jacobians(network: Network, theta: Tensor, x: Tree) -> Iterator[tuple[Tree, Tensor, Tensor]]:
-    """Pieces of the rows, their outputs (b, columns) and Jacobians of those (b, columns, D), in double precision."""
+def jacobians(network: Network, theta: Tensor, x: Tree) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs of pieces of the rows (b, columns) and their Jacobians (b, columns, D), as doubles on the CPU."""
 
     def outputs(t: Tensor, row: Tree) -> Tensor:
         return network.outputs(t, map_tree(lambda leaf: leaf[None], row))[0]
 
+    def by_rows(t: Tensor, piece: Tree) -> Tensor:
+        return vmap(jacrev(outputs), in_dims=(None, 0))(t, piece)
+
+    try:
+        jacobian_of = by_rows
+        by_rows(theta, slice_rows(x, 0, 1))
+    except Exception as error:  # noqa: BLE001 - recurrent layers have no batching rule, user code may lack any
+        log.info("Jacobians one by one: torch.func refuses the network (%s).", type(error).__name__)
+        jacobian_of = partial(plain.jacobian, network)
     columns = network.outputs(theta, slice_rows(x, 0, 1)).shape[-1]
     step = max(1, _JACOBIAN_BYTES // (8 * network.dim * columns))
     for first in range(0, row_count(x), step):
         piece = slice_rows(x, first, first + step)
-        jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(theta, piece).double()
-        yield piece, network.outputs(theta, piece).double(), jacobian
+        yield network.outputs(theta, piece).double().cpu(), jacobian_of(theta, piece).double().cpu()
 
 
 def gauss_newton_matrix(network: Network, likelihood: Likelihood, theta: Tensor, x: Tree) -> Tensor:
     """J' Lambda J summed over rows, (D, D), in double precision, from Jacobians of a few rows at a time."""
     total = torch.zeros(network.dim, network.dim, dtype=torch.float64)
-    for _, values, jacobian in jacobians(network, theta, x):
+    for values, jacobian in jacobians(network, theta, x):
         tangent = jacobian.permute(2, 0, 1)
         curved = likelihood.curvature_product(values, tangent)
         total += tangent.reshape(network.dim, -1) @ curved.reshape(network.dim, -1).T
