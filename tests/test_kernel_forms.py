@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.bayes import compiled
+from pipeline.bayes import compiled, kernels
 from pipeline.bayes.batched import block_rows, chunk_walks, even_parts
 from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.kernels import choose_form, layer_elements, nll_gradient, plan_form
 from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
+from pipeline.bayes.trees import Tree
 from pipeline.errors import InputError
 from tests.gradients import ROWS, assert_same, mlp, problem
 
@@ -90,6 +91,27 @@ def test_one_loop_or_many_at_once_follows_from_the_work_of_one_gradient():
         assert plan_form(network, x, rows, 1000, True) == ("vmap", True)
         assert plan_form(network, x, rows, 10**9, "auto") == (form, form == "vmap")
     assert layer_elements(Network(images), torch.zeros(2, 1, 28, 28)) == 3 * 8 * 28 * 28
+
+
+@pytest.mark.parametrize("form", ["vmap", "loop"])
+def test_rows_pass_in_parts_where_all_at_once_would_take_much_memory(form, monkeypatch):
+    network, x, y, theta, exact = normed_problem(walks=3)
+    sizes: list[int] = []
+    inside = kernels._Loop._nll
+
+    def counted(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
+        sizes.append(len(y))
+        return inside(self, theta, x, y)
+
+    monkeypatch.setattr(kernels._Loop, "_nll", counted)
+    monkeypatch.setattr(kernels, "ROW_ELEMENTS", {"cpu": 8 * layer_elements(network, x)})
+    kernel = nll_gradient(network, Categorical(3), x, y, form=form)
+    assert_same(kernel(theta), exact, torch.float64)
+    assert max(sizes) == 8 and len(sizes) > 1
+    rows = torch.tensor([3, 30, 7, 7, 0, 1, 2, 4, 5, 6, 8])
+    expected = [kernel(theta, part) for part in rows.split(8)]
+    summed = sum(g for g, _ in expected), sum(v for _, v in expected)
+    assert_same(kernel(theta, rows), cast(tuple[Tensor, Tensor], summed), torch.float64)
 
 
 def test_plain_chains_have_nothing_to_compile():

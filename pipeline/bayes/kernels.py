@@ -29,6 +29,8 @@ LOOP_FROM = 1 << 20
 """Rows times parameters, or rows times elements of all layers, from which a loop over walks beats vmap on a CPU."""
 VMAP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Most elements between the layers of one chunk of walks under vmap."""
+ROW_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}
+"""Most elements of all layers that a general form holds of one walk for its backward pass; more rows pass in parts."""
 FEWEST_COMPILED = 4
 """Walks from which a call is compiled: single points are evaluated once or twice."""
 
@@ -126,9 +128,9 @@ def nll_gradient(
             )
         return BatchedChain(chain, likelihood, x, y)
     if form == "vmap":
-        return _Vmap(network, likelihood, x, y, compile and compiler_found())
+        return _InParts(_Vmap(network, likelihood, x, y, compile and compiler_found()))
     if form == "loop":
-        return _Loop(network, likelihood, x, y)
+        return _InParts(_Loop(network, likelihood, x, y))
     raise InputError(f"walk.form must be one of {', '.join(FORMS)}, got '{form}'.")
 
 
@@ -137,6 +139,7 @@ class _General:
 
     def __init__(self, network: Network, likelihood: Likelihood, x: Tree, y: Tensor):
         self.network, self.likelihood, self.x, self.y = network, likelihood, x, y
+        self.elements = layer_elements(network, x)
 
     def _rows(self, rows: Tensor | None) -> tuple[Tree, Tensor]:
         return (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
@@ -166,7 +169,6 @@ class _Vmap(_Loop):
     def __init__(self, network: Network, likelihood: Likelihood, x: Tree, y: Tensor, compile: bool):
         super().__init__(network, likelihood, x, y)
         self._eager = vmap(grad_and_value(self._nll), in_dims=(0, None, None), randomness="error")
-        self._elements = layer_elements(network, x)
         self._compiled = Compiled(self._eager) if compile else None
 
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -174,7 +176,7 @@ class _Vmap(_Loop):
             return super().__call__(theta, rows)
         x, y = self._rows(rows)
         kind = "cpu" if theta.device.type == "cpu" else "cuda"
-        most = VMAP_ELEMENTS[kind] // (self._elements * row_count(x) + theta.shape[1])
+        most = VMAP_ELEMENTS[kind] // (self.elements * row_count(x) + theta.shape[1])
         bounds = even_parts(len(theta), max(4, min(128, most)))
         if self._compiled is None or len(theta) < FEWEST_COMPILED:
             parts = [self._eager(theta[a:b], x, y) for a, b in bounds]
@@ -184,6 +186,27 @@ class _Vmap(_Loop):
         for _, last in bounds:  # parts of one size, which may overlap: each size is a graph of its own
             part = slice(max(0, last - size), max(size, last))
             gradient[part], nll[part] = self._compiled(theta[part], x, y)
+        return gradient, nll
+
+
+class _InParts:
+    """A general form whose rows pass in even parts where one backward pass over all of them would take much memory."""
+
+    def __init__(self, kernel: _Loop):
+        self._kernel = kernel
+
+    def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kind = "cpu" if theta.device.type == "cpu" else "cuda"
+        count = len(self._kernel.y) if rows is None else len(rows)
+        most = max(1, ROW_ELEMENTS[kind] // max(1, self._kernel.elements))
+        if count <= most:
+            return self._kernel(theta, rows)
+        rows = torch.arange(count, device=theta.device) if rows is None else rows
+        gradient, nll = torch.zeros_like(theta), theta.new_zeros(len(theta))
+        for first, last in even_parts(count, most):
+            part, value = self._kernel(theta, rows[first:last])
+            gradient += part
+            nll += value
         return gradient, nll
 
 
