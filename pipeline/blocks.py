@@ -205,6 +205,24 @@ def differences(stamp: Stamp, plan: WalkPlan, run_id: str) -> list[str]:
     return wrong
 
 
+def misplaced(metadata: pq.FileMetaData, plan: WalkPlan, key: BlockKey) -> str | None:
+    """Say what rows a block holds where they are not those of its name, as far as its footer tells; None: it fits."""
+    shard, records = plan.shards()[key.shard], plan.records_in_block(key.block)
+    expected = {
+        "walk": (shard.first_walk, shard.first_walk + shard.walks - 1),
+        "step": ((records[0] + 1) * plan.record_every, (records[-1] + 1) * plan.record_every),
+    }
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    for place in range(metadata.row_group(0).num_columns if groups else 0):
+        columns = [group.column(place) for group in groups]
+        name = columns[0].path_in_schema
+        if name in expected and all(column.statistics is not None for column in columns):
+            held = (min(c.statistics.min for c in columns), max(c.statistics.max for c in columns))
+            if held != expected[name]:
+                return f"holds {name} {held[0]} to {held[1]}, its name says {expected[name][0]} to {expected[name][1]}"
+    return None
+
+
 def to_numpy(column: pa.ChunkedArray, rows: np.ndarray, dim: int) -> np.ndarray:
     """Some rows of a column; of momentum those that have it, (rows, dim)."""
     array = column.combine_chunks()

@@ -15,6 +15,18 @@ SEAL = "seal"
 _COMMENT = re.compile(rb"(?:# |<!-- )fiberwalk\.sha256: ([0-9a-f]{64})(?: -->)?\n\Z")
 
 
+_FIELDS = {
+    "run.json": {"run_id"},
+    "plan.json": {"walks", "steps"},
+    "radius.json": {"blocks", "noise_factor"},
+    "evaluation.json": {"blocks", "methods"},
+    "map.json": {"files", "lambda_max"},
+    "fit.json": {"weights_sha256"},
+    "deformation.json": {"trained_on", "kind"},
+}
+"""Fields that tell a document by its name from the others."""
+
+
 class Damaged(Exception):
     """A document is not as it was written. The message says what is wrong with it."""
 
@@ -30,11 +42,12 @@ def sealed(value: Any) -> bytes:
     return encode(value | {SEAL: _sha256(encode(value))}) if isinstance(value, dict) else encode(value)
 
 
-def decode(data: bytes, *, strict: bool = True) -> Any:
+def decode(data: bytes, *, path: str = "", strict: bool = True) -> Any:
     """Return the value without its seal.
 
     Args:
         data: JSON text.
+        path: Where it lies; with `strict` the document of another name is refused.
         strict: Also refuse what is JSON but not byte for byte what `sealed` gave.
 
     Raises:
@@ -52,6 +65,9 @@ def decode(data: bytes, *, strict: bool = True) -> Any:
             fits = False
         if not fits:
             raise Damaged("it was changed after it was written: its seal does not fit its content")
+        missing = _FIELDS.get(path.rsplit("/", 1)[-1], set()) - (content.keys() if isinstance(content, dict) else set())
+        if missing:
+            raise Damaged(f"it is another document: {', '.join(sorted(missing))} are not in it")
     return content
 
 

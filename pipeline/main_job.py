@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from pipeline.build import MAP_FILES
+from pipeline.errors import RunError
 from pipeline.executor import Executor, SerialExecutor
 from pipeline.fitting.job import Trainer, facts_path, weights_path
 from pipeline.progress import Progress
@@ -34,8 +35,23 @@ def finished(run: Run) -> bool:
         recorded["deformation/deformation.json"] = "trained_on"
     if not needed | recorded.keys() <= made:
         return False
+    if not _sound(run):
+        return False
     digest = store.digest()
     return all(run.storage.read_json(path)[name] == digest for path, name in recorded.items())
+
+
+def _sound(run: Run) -> bool:
+    """Whether the results are as they were written; blocks, which are many, are read by `verify` alone."""
+    from pipeline.stages.check_results import Results
+
+    wrong = Results(run.storage).wrong
+    for kind, path, detail in wrong:
+        if kind != "gap" and path != "report.html":  # which is made again
+            raise RunError(
+                f"{run.uri}/{path} is damaged: {detail}. Run 'fiberwalk verify {run.uri} --repair', then run again."
+            )
+    return not wrong
 
 
 Workers = AbstractContextManager[tuple[Executor, Trainer]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -211,7 +212,18 @@ def _own(spec: str, schema: DataSchema, outputs: int) -> nn.Module:
             f"model.architecture: {spec} must return a torch.nn.Module (not a scripted one), it returned a "
             f"{type(module).__name__}"
         )
+    _uncompiled(module)
     return module
+
+
+def _uncompiled(module: nn.Module) -> None:
+    """Take back `torch.compile`, under the same names: torch.func goes through the module's own Python."""
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything was compiled
+    for layer in module.modules():
+        layer._compiled_call_impl = None
+        if dynamo is not None and isinstance(layer, dynamo.OptimizedModule):
+            original: Any = layer._orig_mod
+            layer.forward = original.__call__
 
 
 def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.utils.checkpoint import CheckpointError
 
 from pipeline.bayes.attention import plain_attention
 from pipeline.bayes.params import Network
@@ -126,10 +128,18 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
     theta = theta + 1e-3 * torch.randn(theta.shape, generator=generator).to(theta)
     direction = torch.randn(theta.shape, generator=generator).to(theta)
     leaf = theta.clone().requires_grad_(True)
-    with torch.enable_grad(), off_stdout():
-        outputs = network.outputs(leaf, x)
-        weights = torch.randn(outputs.shape, generator=generator).to(theta)
-        slope = torch.autograd.grad((outputs * weights).sum(), leaf)[0] * direction
+    try:
+        with torch.enable_grad(), off_stdout():
+            outputs = network.outputs(leaf, x)
+            weights = torch.randn(outputs.shape, generator=generator).to(theta)
+            slope = torch.autograd.grad((outputs * weights).sum(), leaf)[0] * direction
+    except RuntimeError as error:
+        why = cause(error)
+        if isinstance(error, CheckpointError):  # its words are a page long, and about something else
+            why = "it uses gradient checkpointing (torch.utils.checkpoint). Turn that off; it changes no output"
+        raise InputError(
+            f"model.architecture: {architecture} cannot be differentiated by its parameters: {why}"
+        ) from error
     largest = float(outputs.detach().abs().max())
 
     def agrees(part: Tensor) -> bool:
@@ -174,6 +184,8 @@ def _check_layers(module: nn.Module, where: str) -> None:
             )
         if isinstance(layer, nn.Embedding):
             layer.padding_idx = None  # it only hides the gradient of a row that the outputs may depend on
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            layer.sparse = False  # the same gradient, as a tensor that can be joined with the others
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{where}: no parameter has requires_grad, so that nothing is left to walk")
     module.float()
@@ -187,7 +199,8 @@ def _example(part: Part) -> Tensor:
 
 
 def _call(module: nn.Module, x: Any, where: str, what: str) -> Tensor:
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    # A layer that takes its shapes from the first call has nothing to be kept before it.
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
     try:
         with torch.no_grad(), off_stdout(), plain_attention():
             result = call_module(module, x)

@@ -150,8 +150,8 @@ def _parse_stored(storage: Storage) -> Config:
     text = storage.read("config.yaml")
     try:
         return parse_config(yaml.safe_load(text))
-    except (InputError, yaml.YAMLError, UnicodeDecodeError):
-        if text_is_sealed(text):
+    except (InputError, yaml.YAMLError, UnicodeDecodeError) as error:
+        if isinstance(error, InputError) and text_is_sealed(text):
             raise
         raise RunError(
             f"{storage.uri}/config.yaml is damaged. Run 'fiberwalk verify {storage.uri} --repair', then run again."

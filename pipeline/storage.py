@@ -114,11 +114,11 @@ class Storage:
         return self._guard(lambda: self._backend().read(_relative(path)), f"Cannot read {path}")
 
     def read_checked(self, path: str, sha256: str) -> bytes:
-        """Return a whole object; raises RunError if its digest is not the one that is expected."""
-        data = self.read(path)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        """Return a whole object; raises RunError if it is missing or its digest is not the one that is expected."""
+        data = self.read(path) if self.exists(path) else None
+        if data is None or hashlib.sha256(data).hexdigest() != sha256:
             raise RunError(
-                f"{self.uri}/{path} is damaged: its sha256 is not the recorded one. "
+                f"{self.uri}/{path} is {'missing' if data is None else 'damaged: its sha256 is not the recorded one'}. "
                 f"Run 'fiberwalk verify {self.uri} --repair', then run again."
             )
         return data
@@ -182,7 +182,7 @@ class Storage:
     def read_json(self, path: str, *, strict: bool = True) -> Any:
         """Return a decoded JSON object; with `strict` only as `create_json` or `replace_json` wrote it."""
         try:
-            return decode(self.read(path), strict=strict)
+            return decode(self.read(path), path=path, strict=strict)
         except Damaged as error:
             raise RunError(
                 f"{self.uri}/{path} is damaged: {error}. Run 'fiberwalk verify {self.uri} --repair', then run again."

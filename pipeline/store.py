@@ -21,6 +21,7 @@ from pipeline.blocks import (
     arrow_schema,
     differences,
     join_parts,
+    misplaced,
     read_stamp,
     to_numpy,
     write_block,
@@ -163,10 +164,11 @@ class SampleStore:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             stamp = read_stamp(file.metadata)
             wrong = differences(stamp, self.plan, self.run_id)
+            elsewhere = None if wrong else misplaced(file.metadata, self.plan, key)
         except (pa.ArrowInvalid, BrokenBlock) as error:
             raise self._broken(key, error) from None
-        if wrong:
-            raise self._broken(key, BrokenBlock("; ".join(wrong)))
+        if wrong or elsewhere:
+            raise self._broken(key, BrokenBlock(elsewhere or "; ".join(wrong)))
         return file, stamp
 
     def _broken(self, key: BlockKey, error: Exception) -> RunError:

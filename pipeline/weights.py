@@ -16,6 +16,7 @@ from pipeline.errors import InputError, few
 from pipeline.own_code import cause
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_WRAPPERS = ("module.", "_orig_mod.")
 _CONVERT = "safetensors.torch.save_model(network, 'weights.safetensors')"
 
 
@@ -27,6 +28,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
     """
     state = _read(uri)
     expected = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    state = _without_wrapper(state, expected)
     _check_names(state, expected, uri)
     for name, value in state.items():
         if value.shape != expected[name].shape:
@@ -56,6 +58,16 @@ def _read(uri: str) -> dict[str, Tensor]:
         raise InputError(
             f"model.weights: {uri} is no safetensors file ({cause(error)}); save it with {_CONVERT}"
         ) from error
+
+
+def _without_wrapper(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that the network has, where the file was saved from a compiled or data-parallel wrapper of it."""
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in expected):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+        elif all(name.startswith(prefix) for name in expected) and not any(name.startswith(prefix) for name in state):
+            state = {prefix + name: value for name, value in state.items()}
+    return state
 
 
 def _check_names(state: dict[str, Tensor], expected: dict[str, Tensor], uri: str) -> None:

@@ -76,9 +76,9 @@ def make_store(uri: str, plan: WalkPlan, *, fill: bool = True, momentum: bool = 
     storage = Storage.open(uri)
     storage.create_json("plan.json", plan.to_json())
     storage.create_json("run.json", {"run_id": "made-0123abcd"})
-    storage.create("config.yaml", sealed_text(b"deformation: {kind: none}\n"))
+    storage.create("config.yaml", sealed_text(b"name: made\ndeformation: {kind: none}\n"))
     for start in range(plan.starts):
-        storage.create_json(f"map/start={start}/map.json", {"files": {}})
+        storage.create_json(f"map/start={start}/map.json", {"files": {}, "lambda_max": 1.0})
     store = SampleStore.open(storage)
     for key in keys(plan) if fill else []:
         assert store.commit(make_block(plan, key, momentum=momentum))

@@ -177,3 +177,30 @@ def trained(network: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module
         nn.functional.cross_entropy(network(x)[0], y).backward()
         optimiser.step()
     return network
+
+
+class Twice(nn.Module):
+    """One layer under two names, one weight in two layers, and buffers that both share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.middle, self.tied = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.again, self.second_norm, self.tied.weight = self.middle, self.norm, self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = self.norm(self.middle(torch.tanh(self.inner(x))))
+        return self.head(torch.tanh(self.tied(torch.tanh(self.second_norm(self.again(x))))))
+
+
+class Single(nn.Module):
+    """A network that asks for single precision by name, as many do for images of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(torch.tanh(self.inner(x.float())).to(torch.float32))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import grad, jvp
 
@@ -18,9 +19,11 @@ from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
 from pipeline.config import ModelConfig
 from pipeline.errors import InputError
-from pipeline.models import build_module, call_module
+from pipeline.models import build_module, call_module, load_weights
+from pipeline.own_network import check_gradient
 from pipeline.streams import stream
 from tests.networks import build, part, schema
+from tests.own import Single, Twice
 
 
 @pytest.fixture
@@ -232,3 +235,70 @@ class TestOwnNetworks:
         h = 1e-6
         difference = (network.outputs(theta + h * direction, x) - network.outputs(theta - h * direction, x)) / (2 * h)
         torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_layer_under_two_names_and_a_tied_weight_are_each_one(self, dtype: torch.dtype) -> None:
+        """As autograd has it on the module itself; and the module is as before, for one vector and for many."""
+        module = Twice().to(dtype).eval()
+        expected = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        x = torch.linspace(-1, 1, 24, dtype=dtype).reshape(4, 6)
+        slopes = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        network = Network(module, dtype=dtype)
+        theta = network.theta()
+        found = grad(lambda t: network.outputs(t, x).square().sum())(theta)
+        torch.testing.assert_close(found, torch.cat([slope.reshape(-1) for slope in slopes]))
+        network.outputs_many(torch.stack([theta + 1, theta + 2]), x)
+        assert {name: value.tolist() for name, value in network.module.named_parameters()} == {
+            name: value.tolist() for name, value in expected.items()
+        }
+        assert torch.equal(network.theta(), theta)
+        assert torch.equal(network.state_dict(theta + 1)["again.weight"], expected["middle.weight"] + 1)
+
+    def test_a_network_that_casts_to_single_precision_runs_in_double(self) -> None:
+        """With derivatives that single precision could not give."""
+        network = Network(Single(), dtype=torch.float64)
+        x, theta = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6), network.theta()
+        slope = grad(lambda t: network.outputs(t, x).sum())(theta)
+        ahead, behind = (network.outputs(theta + h, x).sum() for h in (1e-6, -1e-6))
+        assert float(slope.sum()) == pytest.approx(float(ahead - behind) / 2e-6, rel=1e-7)
+        assert network.outputs_many(torch.stack([theta, theta]), x).dtype == torch.float64
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "def make():\n    return torch.compile(nn.Linear(5, 3))\n",
+            "def make():\n    net = nn.Linear(5, 3)\n    net.compile()\n    return net\n",
+            "def make():\n    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(3))\n",
+        ],
+        ids=["compiled", "compiled in place", "lazy"],
+    )
+    def test_compiled_and_lazy_modules_are_differentiated_as_others(self, body: str, own: Any) -> None:
+        network = Network(build((5,), architecture=own(body)))
+        assert torch.isfinite(grad(lambda t: network.outputs(t, torch.ones(2, 5)).sum())(network.theta())).all()
+
+    def test_sparse_gradients_of_an_embedding_are_joined_with_the_others(self, own: Any) -> None:
+        body = "def make():\n    return nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten(), nn.Linear(6, 3))\n"
+        tokens = schema(parts=part(2, dtype="int64"))
+        network = Network(build_module(ModelConfig(architecture=own(body)), tokens, 3, stream(0, "init")))
+        leaf = network.theta().requires_grad_(True)
+        slope = torch.autograd.grad(network.outputs(leaf, torch.ones((2, 2), dtype=torch.int64)).sum(), leaf)[0]
+        assert int((slope != 0).sum()) == 3 + 18 + 3
+        assert network.dim == 27 + 18 + 3
+
+    def test_gradient_checkpointing_is_refused_by_its_name(self, own: Any) -> None:
+        from torch.utils.checkpoint import checkpoint
+
+        class Saved(nn.Linear):
+            def forward(self, x: torch.Tensor) -> Any:
+                return checkpoint(super().forward, x.tanh(), use_reentrant=False)
+
+        network = Network(nn.Sequential(Saved(5, 5), nn.Tanh(), nn.Linear(5, 3)), dtype=torch.float64)
+        with pytest.raises(InputError, match="gradient checkpointing"):
+            check_gradient(network, "python:a:b", torch.ones(4, 5).numpy())
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+    def test_weights_saved_from_a_wrapper_are_those_of_the_network(self, prefix: str, tmp_path: Path) -> None:
+        network, other = nn.Linear(5, 3), nn.Linear(5, 3)
+        save_file({prefix + name: value for name, value in network.state_dict().items()}, tmp_path / "w.safetensors")
+        load_weights(other, str(tmp_path / "w.safetensors"))
+        assert torch.equal(other.weight, network.weight)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.documents import sealed_text
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunError
 from pipeline.plan import BlockKey
 from pipeline.stages.status import status, status_table
 from pipeline.stages.verify import repair, verify
@@ -50,7 +50,7 @@ def test_gaps_are_named(tmp_path: Path):
     store.storage.delete(BlockKey(1, 1).path)
     store.storage.delete(BlockKey(2, 3).path)
     assert kinds(verify(str(tmp_path))) == {BlockKey(1, 1).path: "gap"}
-    store.storage.create_json("radius.json", {})  # sampling was finished once
+    store.storage.create_json("radius.json", {"blocks": "", "noise_factor": 1.0})  # sampling was finished once
     assert kinds(verify(str(tmp_path))) == {BlockKey(1, 1).path: "gap", BlockKey(2, 3).path: "gap"}
     assert repair(str(tmp_path)).removed == []
 
@@ -157,13 +157,13 @@ def test_positions_that_are_not_finite_belong_to_diverged_walks(tmp_path: Path, 
 
 def test_results_of_other_blocks_are_stale_and_removed_together(tmp_path: Path):
     store = make_store(str(tmp_path), make_plan(starts=1))
-    for path in ("radius.json", "evaluation.json"):
-        store.storage.create_json(path, {"blocks": store.digest()})
-    store.storage.create_json("deformation/deformation.json", {"trained_on": "another store"})
+    for path, field in (("radius.json", "noise_factor"), ("evaluation.json", "methods")):
+        store.storage.create_json(path, {"blocks": store.digest(), field: 1.0})
+    store.storage.create_json("deformation/deformation.json", {"trained_on": "another store", "kind": "residual"})
     store.storage.create("deformation/weights.safetensors", b"")
     facts = {"weights_sha256": hashlib.sha256(b"").hexdigest()}
     store.storage.create_json("deformation/start=0/fit.json", facts)
-    store.storage.create("report.html", sealed_text(b"\n"))
+    store.storage.create("report.html", sealed_text(b"<!doctype html>\n"))
     found = repair(str(tmp_path))
     assert kinds(found) == {"deformation/deformation.json": "stale"}
     names = ("deformation.json", "weights.safetensors", "start=0/fit.json")
@@ -175,7 +175,7 @@ def test_a_damaged_map_estimate_is_found(tmp_path: Path):
     store = make_store(str(tmp_path), make_plan())
     store.storage.create("map/start=0/theta.safetensors", b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    store.storage.replace_json("map/start=0/map.json", {"files": {"theta.safetensors": digest}})
+    store.storage.replace_json("map/start=0/map.json", {"files": {"theta.safetensors": digest}, "lambda_max": 1.0})
     assert verify(str(tmp_path)).sound
     store.storage.replace("map/start=0/theta.safetensors", b"weighty")
     assert kinds(verify(str(tmp_path))) == {"map/start=0/theta.safetensors": "damaged"}
@@ -215,3 +215,21 @@ def test_status_and_verify_of_nothing_are_input_errors(tmp_path: Path):
         with pytest.raises(InputError, match="Give the address"):
             command(str(tmp_path / "nothing"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_under_the_name_of_another_is_damaged(tmp_path: Path):
+    """Its own seal fits, so that only its fields tell."""
+    store = make_store(str(tmp_path), make_plan())
+    store.storage.replace("plan.json", store.storage.read("map/start=0/map.json"))
+    store.storage.replace("config.yaml", sealed_text(b"<!doctype html>\n"))
+    assert kinds(verify(str(tmp_path))) == {"plan.json": "damaged", "config.yaml": "damaged"}
+    with pytest.raises(RunError, match=r"plan.json is damaged: it is another document.*--repair"):
+        SampleStore.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", [BlockKey(1, 0), BlockKey(0, 1)])
+def test_a_block_under_the_name_of_another_is_not_read(tmp_path: Path, other: BlockKey):
+    store = make_store(str(tmp_path), make_plan())
+    store.storage.replace(BlockKey(0, 0).path, store.storage.read(other.path))
+    with pytest.raises(RunError, match=r"holds .* its name says .*--repair"):
+        store.read_columns(BlockKey(0, 0), ["theta"])

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from pipeline.bayes.attention import may_use_attention, on_cudnn, plain_attention, without_cudnn
+from pipeline.bayes.casts import AsDouble
 from pipeline.bayes.plain import differentiates_twice
 from pipeline.bayes.trees import Tree, take_rows
 from pipeline.errors import InputError, few
@@ -104,9 +105,12 @@ class Network:
         self.layout = ParameterLayout(tuple(chosen), tuple(tuple(p.shape) for p in chosen.values()))
         self._fixed = {name: p.detach() for name, p in named.items() if name not in chosen}
         self._buffers = dict(module.named_buffers())
+        self._also = _other_names(module)
         self._writes: bool | None = None  # whether a call changes buffers; not known before the first
         self._batches: bool | None = None
         self._twice: bool | None = None
+        # Whether it asks for single precision by name where all is double; not known before the first call.
+        self._casts: bool | None = None if dtype == torch.float64 else False
         self._inside = False  # whether many outputs at once are only to be had within a derivative
         self._attention, self._cudnn = may_use_attention(module), on_cudnn(module, self.device)
 
@@ -131,13 +135,28 @@ class Network:
 
     def call(self, parameters: Mapping[str, Tensor], x: Tree) -> Tensor:
         """Network outputs for named parameters. A mapping is passed by name, a tuple by position."""
+        if self._casts is None:
+            try:
+                outputs, self._casts = self._call(parameters, x, False), False
+                return outputs
+            except RuntimeError:
+                with suppress(RuntimeError):
+                    outputs, self._casts = self._call(parameters, x, True), True
+                    return outputs
+                raise
+        return self._call(parameters, x, self._casts)
+
+    def _call(self, parameters: Mapping[str, Tensor], x: Tree, casts: bool) -> Tensor:
         args, kwargs = ((), x) if isinstance(x, dict) else (x, {}) if isinstance(x, tuple) else ((x,), {})
         buffers = self._buffers
         if self._writes is not False:  # a module that counts its calls, say: every call begins with the stored state
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         attention = plain_attention() if self._attention else nullcontext()
-        with attention, without_cudnn() if self._cudnn else nullcontext():
-            outputs = functional_call(self.module, (dict(parameters), self._fixed, buffers), args, kwargs)
+        with attention, AsDouble() if casts else nullcontext(), without_cudnn() if self._cudnn else nullcontext():
+            values = {**self._fixed, **buffers, **parameters}
+            values |= {name: values[first] for name, first in self._also.items()}
+            # Not with tie_weights: torch then leaves a layer that is there under two names with the given values.
+            outputs = functional_call(self.module, values, args, kwargs, tie_weights=False)
         if self._writes is None:
             self._writes = any(buffer._version for buffer in buffers.values())
         return outputs
@@ -201,3 +220,18 @@ class Network:
         shared = {id(p): walked[n] for n, p in self.module.named_parameters() if n in walked}
         state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
         return {name: shared.get(id(value), value).detach().contiguous() for name, value in state.items()}
+
+
+def _other_names(module: nn.Module) -> dict[str, str]:
+    """Further names of parameters and buffers that are tied between layers -> the first name of each.
+
+    A layer that is there twice is one layer: it has one name here, the first.
+    """
+    first: dict[int, str] = {}
+    others: dict[str, str] = {}
+    for place, layer in module.named_modules():
+        for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            full = f"{place}.{name}" if place else name
+            if first.setdefault(id(tensor), full) != full:
+                others[full] = first[id(tensor)]
+    return others

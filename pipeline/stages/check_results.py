@@ -12,6 +12,8 @@ from pipeline.documents import Damaged, decode, text_is_sealed
 from pipeline.fitting.job import facts_path, weights_path
 from pipeline.storage import Storage
 
+_TEXTS = {"config.yaml": b"name: ", "report.html": b"<!doctype html"}
+"""What a text begins with."""
 _PIECE = 16 * 2**20
 Found = tuple[str, str, str]
 """(kind, path, detail) of one thing that is wrong."""
@@ -26,10 +28,10 @@ class Results:
         """Size of every object by path."""
         self.wrong: list[Found] = []
         self.run, self.plan = self._document("run.json"), self._document("plan.json")
-        if "config.yaml" in self.paths and not text_is_sealed(storage.read("config.yaml")):
-            self.wrong.append(("damaged", "config.yaml", "it was changed after it was written"))
-        if "report.html" in self.paths and not text_is_sealed(storage.read("report.html")):
-            self.wrong.append(("damaged", "report.html", "it was changed after it was written"))
+        for path, begins in _TEXTS.items():
+            text = storage.read(path) if path in self.paths else None
+            if text is not None and not (text_is_sealed(text) and text.startswith(begins)):
+                self.wrong.append(("damaged", path, "it was changed after it was written"))
         self.starts = self._starts()
         self.evaluation = self._document("evaluation.json")
         self.radius = self._document("radius.json")
@@ -50,7 +52,7 @@ class Results:
         if path not in self.paths:
             return None
         try:
-            return decode(self.storage.read(path))
+            return decode(self.storage.read(path), path=path)
         except Damaged as error:
             if not any(where == path for _, where, _ in self.wrong):
                 self.wrong.append(("damaged", path, str(error)))

@@ -88,8 +88,10 @@ def collect(
 
 
 def read_figures(storage: Storage) -> dict[str, np.ndarray]:
-    """The stored arrays by name; empty where there are none."""
-    return load(storage.read(FIGURES)) if storage.exists(FIGURES) else {}
+    """The stored arrays by name; empty where there are none. Raises RunError where they are damaged."""
+    if not storage.exists(FIGURES):
+        return {}
+    return load(storage.read_checked(FIGURES, storage.read_json("evaluation.json")["files"][FIGURES]))
 
 
 def _summary(averaged: Averaged, name: str) -> dict[str, np.ndarray]:
