@@ -13,19 +13,23 @@ from scipy.special import logsumexp
 
 from pipeline.bayes.likelihood import Gaussian
 from pipeline.bayes.metrics import HIGHER_IS_BETTER, NOT_RANKED
+from pipeline.bayes.predictive import Averaged
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import load_problem
+from pipeline.config import parse_config
+from pipeline.errors import RunError
 from pipeline.progress import LogProgress
-from pipeline.run import Run, claim
+from pipeline.run import Run, claim, prepare
 from pipeline.stages.comparison import Comparison
-from pipeline.stages.evaluate import evaluate, evaluation_table
+from pipeline.stages.evaluate import evaluate, evaluation_table, sound
 from pipeline.stages.figures import FIGURES
-from pipeline.stages.methods import Unavailable, random_draws, second_opinion
+from pipeline.stages.methods import Method, Unavailable, random_draws, second_opinion
 from pipeline.stages.paths import read_paths
+from pipeline.stages.report import report
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
 from pipeline.streams import stream
-from tests.runs import copy_of, finished, stages
+from tests.runs import CONFIGS, copy_of, finished, stages
 
 ALL = {"map", "walk", "deformation", "temperature", "random", "gaussian", "laplace", "laplace_linearised", "swag"}
 ALL |= {"ensemble", "ensemble_temperature", "walk_temperature"}
@@ -162,6 +166,30 @@ def test_validation_curve_equals_a_plain_recomputation_from_the_store(name):
     for point in run.storage.read_json("radius.json")["curve"][::3]:
         expected = plain_nll(run, point["radius"], run.dataset.validation).mean()
         assert point["validation_nll"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_method_that_breaks_down_is_left_out_and_a_walk_that_does_ends_the_evaluation():
+    broken = Averaged(2, np.zeros(3), np.array([0.0, np.nan, 0.0]))
+    with pytest.raises(Unavailable, match="not finite"):
+        sound("swag", Method({"test": broken}))
+    with pytest.raises(RunError, match="finite outputs for every test row at the points of the fiber walk"):
+        sound("walk", Method({"test": broken}))
+    whole = Method({"test": Averaged(2, np.zeros(3), np.zeros(3)), "ood/far": broken})
+    assert sound("walk", whole) is whole
+
+
+def test_one_validation_row_and_one_test_row_make_an_evaluation_without_errors_or_verdicts(tmp_path):
+    data = {"source": "sklearn:diabetes", "task": "regression", "train_rows": 30}
+    config = CONFIGS["curve"] | {"map": {"steps": 100}, "deformation": {"kind": "none"}, "storage": str(tmp_path)}
+    run = prepare(parse_config({**config, "data": data | {"validation": [100, 101], "test": [200, 201]}}))
+    claim(run)
+    stages(run)
+    result = run.storage.read_json("evaluation.json")
+    for scores in result["methods"].values():
+        assert {score["se"] for score in scores.values()} == {None}
+        assert all(np.isfinite(score["value"]) for score in scores.values())
+    assert {d["verdict"] for pair in result["difference"].values() for d in pair.values()} == {"undecided"}
+    assert report(run).endswith("report.html")
 
 
 def test_draws_are_dealt_to_starts_in_equal_parts():

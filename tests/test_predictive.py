@@ -83,11 +83,30 @@ def test_temperature_finds_the_temperature_that_made_the_labels():
     assert rescale(averaged, found).nll(y).mean() < averaged.nll(y).mean()
 
 
+@pytest.mark.parametrize("likelihood", [Categorical(3), Gaussian(0.3)])
+def test_a_temperature_acts_on_the_average_and_not_on_its_draws(likelihood):
+    network, theta, x = small(likelihood.columns)
+    y = np.array([0, 1, 2, 0, 1, 2]) if isinstance(likelihood, Categorical) else np.zeros(6)
+    for draws in (theta, theta[:1]):
+        average = PredictiveAverage(likelihood, y)
+        average.add(network, draws, torch.as_tensor(x))
+        before = average.result()
+        after = rescale(before, 2.0, y)
+        assert not np.allclose(after.nll(y), before.nll(y))
+        # The only draw of a MAP estimate is the average.
+        expected = before.nll_draws if len(draws) > 1 else after.nll(y)
+        assert np.allclose(np.asarray(after.nll_draws), np.asarray(expected))
+        assert (after.hit_draws is None) == (before.hit_draws is None)
+        if after.hit_draws is not None:
+            assert np.array_equal(after.hit_draws, np.asarray(before.hit_draws))
+
+
 def test_scale_of_a_mixture_finds_the_width_that_made_the_targets():
     rng = stream(3, "test-scale")
     mean, variance = rng.normal(size=(4, 20_000)) * 0.1, np.full((4, 20_000), 0.01)
     y = mean.mean(axis=0) + 2.5 * (rng.permuted(mean, axis=0)[0] - mean.mean(axis=0) + 0.1 * rng.normal(size=20_000))
     averaged = Averaged(4, np.zeros(1), np.zeros(1), mean=mean, variance=variance)
+    # The squares of 20 000 residuals give a width with a relative error of about sqrt(1 / 40 000) = .005: ten of them.
     assert fit_scale(averaged, y) == pytest.approx(2.5, rel=0.05)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.stages.select import HELD_BACK, RISE, VALIDATION, choose_radius, left_of_plateau
+from pipeline.stages.select import HELD_BACK, RISE, VALIDATION, choose_radius, left_of_plateau, paired_scores
 
 CURVE = [(1.0, 0.5, 1.0), (2.0, 0.4, 3.0), (3.0, 0.45, 4.9), (4.0, 0.6, 9.0), (5.0, 0.7, 2.0)]
 
@@ -31,6 +31,16 @@ def test_a_regression_is_held_back_only_where_validation_rows_see_the_harm(error
     curve = [{"radius": r, "validation_nll": v, "validation_se": error, "nll_rise": n} for r, v, n in CURVE]
     choice = choose_radius(curve, 10.0, "regression")
     assert (choice["radius"], choice["rule"]) == (radius, rule)
+
+
+def test_a_row_without_any_chance_leaves_a_radius_without_score_and_the_others_with_theirs():
+    rows = np.array([[0.1, 0.3, 0.2], [0.2, 0.1, 0.1], [0.1, np.inf, 0.1]])
+    first, best, broken = paired_scores(rows, unit=1.0)
+    assert broken == {"validation_nll": None, "validation_se": None}
+    assert best == {"validation_nll": pytest.approx(1 + rows[1].mean()), "validation_se": 0.0}
+    difference = rows[0] - rows[1]
+    assert first["validation_se"] == pytest.approx(difference.std(ddof=1) / np.sqrt(3))
+    assert [point["validation_se"] for point in paired_scores(rows[:2, :1])] == [None, None], "a single row"
 
 
 def test_the_radius_is_the_left_end_of_the_plateau_around_the_best():

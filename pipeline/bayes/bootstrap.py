@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Score:
 
     value: float
     se: float
+    """NaN for a single row, of which nothing is known."""
     rows: np.ndarray | None = None
     """Contribution of each test row when the metric is their mean, shape (n,)."""
     replicates: np.ndarray | None = None
@@ -31,19 +33,30 @@ class Score:
             return row_mean(self.rows - other.rows)
         if self.replicates is None or other.replicates is None:
             raise ValueError("A difference needs two scores of the same metric on the same resamples.")
-        replicates = self.replicates - other.replicates
-        return Score(self.value - other.value, float(replicates.std(ddof=1)), replicates=replicates)
+        known = math.isfinite(self.se)
+        return resampled(self.value - other.value, self.replicates - other.replicates, 2 if known else 1)
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """Value and standard error."""
-        return {"value": self.value, "se": self.se}
+        return {"value": finite_or_none(self.value), "se": finite_or_none(self.se)}
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has neither infinities nor NaN: None takes their place."""
+    return value if math.isfinite(value) else None
 
 
 def row_mean(rows: np.ndarray) -> Score:
     """Score of a metric that is a mean over rows: the plain standard error is the limit of the bootstrap."""
     rows = np.asarray(rows, dtype=np.float64)
-    se = float(rows.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else 0.0
+    se = float(rows.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else math.nan
     return Score(float(rows.mean()), se, rows=rows)
+
+
+def resampled(value: float, replicates: np.ndarray, rows: int) -> Score:
+    """Score of any other metric with its bootstrap values, drawn from `rows` rows: their spread is its error."""
+    se = float(replicates.std(ddof=1)) if rows > 1 else math.nan
+    return Score(value, se, replicates=replicates)
 
 
 def resample_counts(rng: np.random.Generator, rows: int, resamples: int = 1000) -> np.ndarray:
@@ -69,5 +82,4 @@ def bootstrap(statistic: Statistic, counts: np.ndarray) -> Score:
     value = float(statistic(np.ones((1, rows)))[0])
     step = max(1, _CHUNK // max(rows, 1))
     parts = [statistic(counts[i : i + step].astype(np.float64)) for i in range(0, resamples, step)]
-    replicates = np.concatenate(parts)
-    return Score(value, float(replicates.std(ddof=1)), replicates=replicates)
+    return resampled(value, np.concatenate(parts), rows)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.bayes.bootstrap import Score, bootstrap, row_mean
+from pipeline.bayes.bootstrap import Score, bootstrap, resampled, row_mean
 from pipeline.bayes.mixture import component_nll, mixture_cdf, mixture_crps, mixture_nll, mixture_quantile
 
 BINS = 15
@@ -172,7 +172,7 @@ def selective_scores(
     value = points(np.ones((1, len(loss))))[0]
     step = max(1, 1_000_000 // len(loss))
     drawn = np.concatenate([points(counts[i : i + step]) for i in range(0, len(counts), step)])
-    return [Score(float(v), float(r.std(ddof=1)), replicates=r) for v, r in zip(value, drawn.T, strict=True)]
+    return [resampled(float(v), r, len(loss)) for v, r in zip(value, drawn.T, strict=True)]
 
 
 def detection_scores(
@@ -198,10 +198,8 @@ def detection_scores(
     for line in drawn:
         chosen = (place[rng.integers(0, len(place), size=len(place))] for place in places)
         line[:] = _detection(*(np.bincount(place, minlength=len(scores)) for place in chosen))
-    return {
-        name: Score(value[k], float(drawn[:, k].std(ddof=1)), replicates=drawn[:, k])
-        for k, name in enumerate(("auroc", "fpr95"))
-    }
+    fewest = min(len(inside), len(outside))
+    return {name: resampled(value[k], drawn[:, k], fewest) for k, name in enumerate(("auroc", "fpr95"))}
 
 
 def _detection(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
@@ -215,7 +213,7 @@ def _detection(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
 def compare(better: Score, than: Score, metric: str) -> dict[str, float | str | None]:
     """Paired difference of two methods in JSON, with a verdict only beyond two standard errors.
 
-    Where one of them broke down there is no difference: both numbers are None.
+    Where one of them broke down, or there is a single row, there is no difference: both numbers are None.
     """
     with np.errstate(invalid="ignore"):  # infinite minus infinite
         difference = better.minus(than)

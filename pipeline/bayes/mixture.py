@@ -6,7 +6,7 @@ Components are equally weighted draws: ``mean`` and ``variance`` have shape (dra
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import logsumexp, ndtr
+from scipy.special import logsumexp, ndtr, ndtri
 
 _PAIRS = 4_000_000
 _LOG_TWO_PI = float(np.log(2 * np.pi))
@@ -29,8 +29,6 @@ def mixture_cdf(mean: np.ndarray, variance: np.ndarray, y: np.ndarray) -> np.nda
 
 def mixture_quantile(mean: np.ndarray, variance: np.ndarray, level: float) -> np.ndarray:
     """Quantile of the mixture by bisection between the extreme component quantiles, shape (rows,)."""
-    from scipy.special import ndtri
-
     points = mean + np.sqrt(variance) * ndtri(level)
     low, high = points.min(axis=0), points.max(axis=0)
     # 60 halvings take any bracket of doubles to its last bits.

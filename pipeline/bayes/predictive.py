@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from pipeline.bayes.likelihood import Likelihood
-from pipeline.bayes.metrics import TINY, entropy
+from pipeline.bayes.metrics import TINY, class_nll, entropy
 from pipeline.bayes.mixture import component_nll, mixture_nll
 from pipeline.bayes.params import Network
 from pipeline.bayes.trees import Tree, row_count, slice_rows
@@ -53,7 +53,7 @@ class Averaged:
     def nll(self, y: np.ndarray) -> np.ndarray:
         """Negative log density of the average at y, (rows,), in nats."""
         if self.probabilities is not None:
-            return -np.log(np.maximum(self.probabilities[np.arange(len(y)), y], TINY))
+            return class_nll(self.probabilities, y)
         assert self.mean is not None and self.variance is not None
         return mixture_nll(self.mean, self.variance, y)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.base import Deformation
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
@@ -51,7 +52,7 @@ def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choi
     else:
         limit = SPARE * max(c.gamma / 2, _rise_of_walks(choice))
         for radius in radii:
-            curve.append({"radius": radius, "nll_rise": _finite(c.average_rise(_draws(c, models, radius)))})
+            curve.append({"radius": radius, "nll_rise": finite_or_none(c.average_rise(_draws(c, models, radius)))})
             if curve[-1]["nll_rise"] is not None and curve[-1]["nll_rise"] <= limit:
                 break
         chosen = float(curve[-1]["radius"])
@@ -81,7 +82,3 @@ def _rise_of_walks(choice: dict[str, Any]) -> float:
     """Mean rise of the summed NLL of walks at the chosen radius."""
     nearest = min(choice["curve"], key=lambda point: abs(point["radius"] - choice["radius"]))
     return float(nearest["nll_rise"] or 0.0)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

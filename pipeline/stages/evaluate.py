@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.bayes.baselines.laplace import LARGEST_DIM, Laplace
-from pipeline.bayes.bootstrap import Score, resample_counts
+from pipeline.bayes.bootstrap import Score, finite_or_none, resample_counts
 from pipeline.bayes.metrics import (
     HIGHER_IS_BETTER,
     NOT_RANKED,
@@ -26,6 +26,7 @@ from pipeline.bayes.metrics import (
     selective_scores,
 )
 from pipeline.bayes.predictive import Averaged
+from pipeline.errors import RunError
 from pipeline.fitting.loading import load_deformation
 from pipeline.plan import stream
 from pipeline.progress import Progress
@@ -34,7 +35,7 @@ from pipeline.stages import figures, methods
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.methods import Method, Unavailable
 from pipeline.stages.paths import Paths, read_paths
-from pipeline.stages.table import OURS, evaluation_table
+from pipeline.stages.table import OURS, evaluation_table, title
 from pipeline.store import SampleStore
 
 EVALUATION = "evaluation.json"
@@ -50,7 +51,7 @@ def evaluate(run: Run, report: Progress) -> None:
     """Write ``evaluation.json`` and what the report draws from, ``evaluation/figures.safetensors``.
 
     Raises:
-        RunError: An earlier stage is not done.
+        RunError: An earlier stage is not done, or the network's outputs for test rows are not finite.
     """
     store = SampleStore.open(run.storage)
     digest = store.digest()
@@ -64,7 +65,7 @@ def evaluate(run: Run, report: Progress) -> None:
     with report.bar("evaluation", len(wanted)) as bar:
         for name, build in wanted.items():
             try:
-                found[name] = build()
+                found[name] = sound(name, build())
             except Unavailable as reason:
                 skipped[name] = str(reason)
                 report.note(f"{name} left out: {reason}")
@@ -144,6 +145,23 @@ def _builders(
     return {**wanted, **{name: build for name, build in baselines.items() if name in asked}}
 
 
+def sound(name: str, method: Method) -> Method:
+    """A method whose predictions on the test rows are numbers.
+
+    Raises:
+        RunError: Those of the MAP estimate or of the walk are not.
+        Unavailable: Those of another method are not.
+    """
+    if np.isfinite(method.averages["test"].total).all():
+        return method
+    if name in ("map", "walk"):
+        raise RunError(
+            f"The network does not give finite outputs for every test row at the points of the {title(name)}. Look for "
+            "operations that overflow, or rows far from all others."
+        )
+    raise Unavailable("gives predictions that are not finite")
+
+
 def deformation_draws(c: Comparison, radius: float | None = None) -> Iterator[tuple[int, Tensor]]:
     """Draws of the deformation models, starts in equal parts; at their own radius unless another is given."""
     if not c.run.storage.exists(DEFORMATION):
@@ -165,7 +183,7 @@ def score(c: Comparison, averaged: Averaged, counts: np.ndarray) -> dict[str, Sc
     return regression_scores(averaged.mean, averaged.variance, y, counts)
 
 
-def selective(c: Comparison, averaged: Averaged, counts: np.ndarray) -> list[dict[str, float]]:
+def selective(c: Comparison, averaged: Averaged, counts: np.ndarray) -> list[dict[str, float | None]]:
     """Error rate, or RMSE in the target's own unit, when only the most certain share of the test rows is answered."""
     y = c.targets["test"]
     if averaged.probabilities is not None:
@@ -174,7 +192,7 @@ def selective(c: Comparison, averaged: Averaged, counts: np.ndarray) -> list[dic
         assert averaged.mean is not None
         loss = (averaged.mean.mean(axis=0) - y) ** 2
     points = selective_scores(averaged.total, loss, ANSWERED, counts[:RESAMPLES], root=c.regression)
-    return [{"answered": share} | point.to_json() for share, point in zip(ANSWERED, points, strict=True)]
+    return [{"answered": share, **point.to_json()} for share, point in zip(ANSWERED, points, strict=True)]
 
 
 def _detection(c: Comparison, found: dict[str, Method], name: str) -> dict[str, dict[str, Score]]:
@@ -206,7 +224,7 @@ def _differences(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Any
 def _facts(run: Run, store: SampleStore, paths: Paths, choice: dict[str, Any]) -> dict[str, Any]:
     """What was evaluated: sizes, the choice of the radius, and what the walks did."""
     data, plan = run.dataset, store.plan
-    points = {metric: paths.at(getattr(paths, metric), choice["radius"]) for metric in ("distance", "grad_norm")}
+    distance, slope = (paths.at(values, choice["radius"]) for values in (paths.distance, paths.grad_norm))
     return {
         "run_id": run.config.run_id,
         "task": run.config.data.task,
@@ -221,20 +239,19 @@ def _facts(run: Run, store: SampleStore, paths: Paths, choice: dict[str, Any]) -
             "starts": plan.starts,
             "diverged": int(paths.diverged.sum()),
             "halved": int(paths.halved.any(axis=1).sum()),
-            "gradient_evaluations": plan.walks * plan.steps * max(plan.corrections, 0),
+            "gradient_evaluations": plan.walks * plan.steps * plan.corrections,
             "dim": plan.dim,
             "length": plan.length,
-            "mean_distance": float(points["distance"].mean()),
-            "mean_gradient_norm": float(points["grad_norm"].mean()),
+            "mean_distance": finite_or_none(float(distance.mean())),
+            "mean_gradient_norm": finite_or_none(float(slope.mean())),
         },
         "blocks": choice["blocks"],
     }
 
 
 def _json(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
-    """Scores as JSON; what is not finite becomes null."""
-    parts = {name: value.to_json() for name, value in scores.items()}
-    return {name: {k: v if math.isfinite(v) else None for k, v in part.items()} for name, part in parts.items()}
+    """Scores as JSON."""
+    return {name: value.to_json() for name, value in scores.items()}
 
 
 def _leaders(scores: dict[str, dict[str, Score]]) -> dict[str, list[str]]:

@@ -159,7 +159,7 @@ def plane(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> dic
     if len(walks) < 4:
         return {}
     records = paths.records_at(radius)
-    theta_star = c.problems[0].theta_star
+    theta_star = c.problems[0].theta_star.cpu()
     ends = torch.stack([t - theta_star for t in _points(store, {int(w): {int(records[w])} for w in walks}).values()])
     basis = principal_directions(ends.double())
     followed = {int(w): set(range(paths.radius.shape[1])) for w in walks[:_WALKS]}
@@ -168,7 +168,7 @@ def plane(c: Comparison, store: SampleStore, paths: Paths, radius: float) -> dic
         placed = ((theta - theta_star).double() @ basis.T).numpy()
         for number, at, point in zip(numbers.tolist(), record.tolist(), placed, strict=True):
             lines[list(followed).index(number), at + 1] = point
-    free = [theta for start, theta in random_draws(c, radius) if start == 0]
+    free = [theta.cpu() for start, theta in random_draws(c, radius) if start == 0]
     scattered = ((torch.cat(free) - theta_star).double() @ basis.T).numpy()
     return {"plane/walks": lines, "plane/ends": (ends.double() @ basis.T).numpy(), "plane/random": scattered}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
 from pipeline.bayes.trees import to_tensors
 from pipeline.bayes.walk import advance, init, secure, set_anchor
@@ -239,12 +240,7 @@ def _curve(
 
 
 def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float | None:
-    """Mean NLL of the model average over walks."""
+    """Mean NLL of the model average over walks; None where it breaks down, and the radius is not chosen."""
     average = AveragedLikelihood(len(y))
     average.add(draw_nll(problem.network, problem.likelihood, theta, x, y))
-    return _finite(float(average.rows().mean()))
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinities; a radius without a score is not chosen."""
-    return value if math.isfinite(value) else None
+    return finite_or_none(float(average.rows().mean()))

@@ -26,7 +26,7 @@ def score_figure(evaluation: dict[str, Any]) -> Figure:
     with drawing("scores", alt, size=(4.7, 0.9 + 0.27 * len(known))) as canvas:
         axes = canvas.axes[0, 0]
         lowest, middle = (known[k][1]["value"] for k in (0, len(known) // 2))
-        widest = max(4 * (middle - lowest), 8 * known[0][1]["se"])
+        widest = max(4 * (middle - lowest), 8 * (known[0][1]["se"] or 0.0))
         for row, (name, score) in enumerate(known):
             colour = METHOD_COLOURS.get(name, MUTED)
             if score["value"] > lowest + widest:
@@ -34,7 +34,8 @@ def score_figure(evaluation: dict[str, Any]) -> Figure:
                 text = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
                 axes.annotate(f"{score['value']:.3g}", (lowest + widest, row), color=colour, **text)
                 continue
-            axes.errorbar(score["value"], row, xerr=2 * score["se"], fmt="o", color=colour, capsize=2.5, markersize=5)
+            error = 2 * (score["se"] or 0.0)
+            axes.errorbar(score["value"], row, xerr=error, fmt="o", color=colour, capsize=2.5, markersize=5)
         if known[-1][1]["value"] > lowest + widest:
             axes.set_xlim(right=lowest + widest)
         axes.set_yticks(range(len(known)), [title(name) for name, _ in known])

@@ -98,7 +98,7 @@ def coverage_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None
         return None
     alt = "Root mean squared error against predicted standard deviation in ten groups of rows, for each method."
     y = arrays["test/y"]
-    groups = min(10, max(2, len(y) // 20))
+    groups = min(10, max(2, len(y) // 20), len(y))
     with drawing("coverage", alt, size=(4.7, 3.1 + 0.17 * -(-len(names) // 3))) as canvas:
         axes = canvas.axes[0, 0]
         largest = 0.0

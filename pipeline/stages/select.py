@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.bayes.baselines.scaling import fit_noise
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.predictive import AveragedLikelihood, PredictiveAverage, draw_nll
 from pipeline.bayes.trees import row_count, to_tensors
 from pipeline.build import Problem, load_problem
@@ -137,7 +138,7 @@ def rise_curve(paths: Paths, problems: list[Problem], radii: np.ndarray) -> list
     rises = (paths.potential - potential[paths.start][:, None], paths.nll - nll[paths.start][:, None])
     curve: list[dict[str, Any]] = []
     for radius in radii:
-        means = [_finite(float(paths.at(rise, radius).mean())) for rise in rises]
+        means = [finite_or_none(float(paths.at(rise, radius).mean())) for rise in rises]
         curve.append(
             {
                 "radius": float(radius),
@@ -184,20 +185,12 @@ def validation_curve(
 
 def paired_scores(rows: np.ndarray, unit: float = 0.0) -> list[dict[str, float | None]]:
     """Mean NLL of each line of rows (radii, rows), and the standard error of its paired difference to the best one."""
-    means = np.array([np.nan if (mean := _finite(float(row.mean()))) is None else mean for row in rows])
+    means = np.array([np.nan if (mean := finite_or_none(float(row.mean()))) is None else mean for row in rows])
     if np.isnan(means).all():
         return [{"validation_nll": None, "validation_se": None} for _ in rows]
-    with np.errstate(invalid="ignore"):  # a row without any chance at two radii
-        pairs = rows - rows[int(np.nanargmin(means))]
+    with np.errstate(invalid="ignore", divide="ignore"):  # rows without any chance; a single row, of no known error
+        errors = np.std(rows - rows[int(np.nanargmin(means))], axis=1) / np.sqrt(rows.shape[1] - 1)
     return [
-        {
-            "validation_nll": _finite(float(mean + unit)),
-            "validation_se": _finite(float(np.std(pair) / np.sqrt(max(len(pair) - 1, 1)))),
-        }
-        for mean, pair in zip(means, pairs, strict=True)
+        {"validation_nll": finite_or_none(float(mean + unit)), "validation_se": finite_or_none(float(error))}
+        for mean, error in zip(means, errors, strict=True)
     ]
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinities: a radius at which the average breaks down has no score."""
-    return value if np.isfinite(value) else None

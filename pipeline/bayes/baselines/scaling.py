@@ -78,19 +78,23 @@ def with_noise(averaged: Averaged, factor: float) -> Averaged:
 
 
 def rescale(averaged: Averaged, scale: float, y: np.ndarray | None = None) -> Averaged:
-    """The average with its probabilities tempered, p^(1/T) normalised, or its mixture stretched about its mean."""
+    """The average with its probabilities tempered, p^(1/T) normalised, or its mixture stretched about its mean.
+
+    A temperature acts on the average: what is known of single draws, where there are several, stays as it is.
+    """
     if averaged.probabilities is not None:
         logits = np.log(np.maximum(averaged.probabilities, 1e-300)) / scale
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
-        nll = None if y is None else class_nll(p, y)
         total, before = entropy(p), np.maximum(averaged.total, 1e-300)
         share = averaged.epistemic / before
-        return Averaged(averaged.draws, total * (1 - share), total * share, probabilities=p, nll_draws=nll)
+        split = {"aleatoric": total * (1 - share), "epistemic": total * share}
+        nll = averaged.nll_draws if averaged.draws > 1 or y is None else class_nll(p, y)
+        return dataclasses.replace(averaged, **split, probabilities=p, nll_draws=nll)
     assert averaged.mean is not None and averaged.variance is not None
     centre = averaged.mean.mean(axis=0)
     mean, variance = centre + (averaged.mean - centre) * scale, averaged.variance * scale**2
-    nll = None if y is None else component_nll(mean, variance, y).mean(axis=0)
+    nll = averaged.nll_draws if averaged.draws > 1 or y is None else component_nll(mean, variance, y)[0]
     return dataclasses.replace(
         averaged,
         aleatoric=averaged.aleatoric * scale**2,
