@@ -143,7 +143,10 @@ class Storage:
             entries = (entry for page in self._backend().pages(folder) for entry in page)
             return [entry for entry in entries if entry.path.endswith(suffix) and not _hidden(entry.path)]
 
-        return sorted(self._guard(collect, f"Cannot list {prefix or 'objects'}"), key=lambda entry: entry.path)
+        try:
+            return sorted(self._guard(collect, f"Cannot list {prefix or 'objects'}"), key=lambda entry: entry.path)
+        except FileNotFoundError as error:  # a folder without objects is an empty list, a bucket is not
+            raise InputError(f"{self.uri} cannot be listed: {describe(error)}. Name a place that exists.") from error
 
     def create(self, path: str, data: bytes) -> bool:
         """Commit a new object. False: the name was taken, and nothing changed."""

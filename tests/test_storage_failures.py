@@ -133,6 +133,8 @@ def test_bad_places_on_s3_are_refused_in_one_line(s3: S3Server, monkeypatch: pyt
         patch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) - datetime.timedelta(hours=2))
         assert "clock" in refusal(place)
     assert Storage.open(place).list() == []
+    with pytest.raises(InputError, match=r"cannot be listed: .*bucket"):
+        Storage.open("s3://no-such-bucket-here/x").list()
 
 
 @pytest.mark.s3

@@ -46,6 +46,12 @@ class TestTables:
         data = load(source=f"csv:{tmp_path}/t.csv", target="y")
         assert data.schema.input_shape == (3,) and len(data.train) == 12
 
+    def test_whole_numbers_beyond_doubles_are_rounded(self, tmp_path: Path) -> None:
+        """As account numbers are; text and Parquet hold them as integers."""
+        (tmp_path / "t.csv").write_text("id,y\n" + "".join(f"{2**59 + 50 * k},{k % 2}\n" for k in range(60)))
+        data = load(source=f"csv:{tmp_path / 't.csv'}", target="y")
+        assert np.isfinite(np.asarray(data.train.x)).all()
+
     def test_single_quotes_in_cells_do_not_join_lines(self, tmp_path: Path) -> None:
         lines = [f'{k}.5,{k % 3} 5",{"ab"[k % 2]}' for k in range(60)]
         (tmp_path / "t.csv").write_text("a,t,y\n" + "\n".join(lines) + "\n")
@@ -91,6 +97,12 @@ class TestArrays:
     def test_whole_numbers_are_limited_as_others_are(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "t.npz", x=np.full((30, 2), 2**64 - 1, dtype=np.uint64), y=np.arange(30) % 2)
         assert "x holds 1.84e+19; numbers must be at most 1e+18" in self.refusal(tmp_path / "t.npz")
+
+    def test_one_number_a_row_needs_no_second_axis(self, tmp_path: Path) -> None:
+        """Neither in training nor later."""
+        np.savez(tmp_path / "t.npz", x=np.arange(30.0), y=np.arange(30) % 2)
+        schema = load(source=f"npz:{tmp_path / 't.npz'}").schema
+        assert np.shape(schema.encode(np.arange(4.0))) == (4, 1)
 
     def test_dates_are_not_called_text(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "t.npz", x=np.zeros((30, 2)), y=np.arange(30).astype("M8[D]"))
@@ -199,3 +211,9 @@ def test_a_file_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "file").write_text("x")
     for command in (["status"], ["verify"], ["export", "--format", "npz", "--out", str(tmp_path / "o.npz")]):
         assert main([command[0], str(tmp_path / "file"), *command[1:]]) == 2, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report"])
+def test_a_kind_of_place_that_nobody_knows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "nowhere://a/b"]) == 2
+    assert "nowhere://a/b cannot be opened: Protocol not known" in capsys.readouterr().err

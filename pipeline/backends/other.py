@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from pipeline.backends.base import Entry, Patience, Truncated
+from pipeline.errors import InputError
 
 
 class OtherBackend:
@@ -24,7 +25,12 @@ class OtherBackend:
         import fsspec
 
         if self._files is None or self._process != os.getpid():
-            self._files, self._root = fsspec.core.url_to_fs(self._uri, use_listings_cache=False)
+            try:
+                self._files, self._root = fsspec.core.url_to_fs(self._uri, use_listings_cache=False)
+            except (ValueError, ImportError) as error:  # a kind of place that is not known, or needs another package
+                raise InputError(
+                    f"{self._uri} cannot be opened: {error}. Use a folder or s3://bucket/prefix."
+                ) from error
             self._process = os.getpid()
         return self._files, f"{self._root.rstrip('/')}/{path}" if path else self._root
 

@@ -72,7 +72,7 @@ def numbers(values: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
     _refuse_missing(values, name, where)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
-    array = values.cast(pa.float64()).to_numpy()
+    array = values.cast(pa.float64(), safe=False).to_numpy()  # whole numbers beyond 2^53 are rounded
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array))[0])
         count = int((~np.isfinite(array)).sum())

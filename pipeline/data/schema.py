@@ -108,6 +108,8 @@ class DataSchema:
             raw = self._from_table(raw if isinstance(raw, pa.Table) else pa.table(raw), where)
         elif not isinstance(raw, (dict, tuple)):
             raw = np.asarray(raw)
+            if raw.ndim == 1 and isinstance(self.parts, Part) and self.parts.shape == (1,):
+                raw = raw[:, None]  # as the source of the run may have been
         self._check(raw, where)
         return raw
 

@@ -51,7 +51,8 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     suffix = name.rpartition(".")[2].lower()
     if suffix not in ("csv", "parquet"):
         raise InputError(f"--out must end in .csv or .parquet, got '{out_uri}'.")
-    refuse_inside(out_uri, run_uri)
+    if refuse_inside(out_uri, run_uri).protocol != "file":
+        Storage.open(folder).check_writable()  # found out before the work, not after it
     run = load_run(run_uri, trust_code=trust_code)
     if not run.storage.exists("radius.json"):
         raise InputError(f"{run_uri} is not finished: radius.json is missing. Finish it with 'fiberwalk run'.")
