@@ -26,6 +26,7 @@ from pipeline.stages.figures import FIGURES
 from pipeline.stages.methods import Method, Unavailable, random_draws, second_opinion
 from pipeline.stages.paths import read_paths
 from pipeline.stages.report import report
+from pipeline.stages.table import gap
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
 from pipeline.streams import stream
@@ -237,6 +238,21 @@ def test_paired_differences_have_verdicts_beyond_two_errors_and_the_leaders_foll
                 assert (last in leaders) == (difference["verdict"] != beaten)
                 judged += 1
     assert judged >= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "shown"),
+    [
+        (0.0251, 0.0123, "+0.025 ± 0.012"),
+        (-0.00042, 0.00015, "−0.00042 ± 0.00015"),
+        (-0.0001, 0.02, "0.000 ± 0.020"),
+        (1234.56, 20.0, "+1234.6 ± 20.0"),
+        (-3e21, 1e20, "−3e+21 ± 1e+20"),
+        (0.0, 0.0, "0.000 ± 0.000"),
+    ],
+)
+def test_a_difference_is_shown_with_two_digits_of_its_error_at_least(value, se, shown):
+    assert gap({"value": value, "se": se, "verdict": "undecided"}) == shown
 
 
 def test_the_table_shows_methods_with_their_errors_and_changes_no_number():

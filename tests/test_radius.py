@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.stages.select import HELD_BACK, RISE, VALIDATION, choose_radius, left_of_plateau, paired_scores
+from pipeline.stages.select import HELD_BACK, NEAREST, RISE, VALIDATION, choose_radius, left_of_plateau, paired_scores
 
 CURVE = [(1.0, 0.5, 1.0), (2.0, 0.4, 3.0), (3.0, 0.45, 4.9), (4.0, 0.6, 9.0), (5.0, 0.7, 2.0)]
 
@@ -16,7 +16,7 @@ CURVE = [(1.0, 0.5, 1.0), (2.0, 0.4, 3.0), (3.0, 0.45, 4.9), (4.0, 0.6, 9.0), (5
         ("classification", True, 10.0, 2.0, VALIDATION),
         ("classification", False, 10.0, 3.0, RISE),
         ("regression", True, 10.0, 3.0, RISE),
-        ("regression", True, 0.1, 1.0, RISE),
+        ("regression", True, 0.1, 1.0, NEAREST),
         ("regression", True, 100.0, 5.0, RISE),
     ],
 )

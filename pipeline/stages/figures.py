@@ -107,12 +107,13 @@ def _summary(averaged: Averaged, name: str) -> dict[str, np.ndarray]:
 
 
 def _walk_lines(c: Comparison, paths: Paths) -> dict[str, np.ndarray]:
-    """Rise of the summed NLL along some walks, and quantiles over all of them."""
+    """Rise of the summed NLL along some walks, and quantiles over all of them at the median radius of each record."""
     rise = paths.nll - np.asarray(c.star_nll)[paths.start][:, None]
     alive = np.flatnonzero(~paths.diverged)
     some = alive[:: max(1, len(alive) // _WALKS)][:_WALKS]
     middle = np.nanquantile(rise[alive], [0.1, 0.5, 0.9], axis=0)
-    return {"paths/rise": rise[some], "paths/radius": paths.radius[some], "paths/quantiles": middle}
+    at = np.nanmedian(paths.radius[alive], axis=0)
+    return {"paths/rise": rise[some], "paths/radius": paths.radius[some], "paths/quantiles": middle, "paths/at": at}
 
 
 def _rows(c: Comparison, walk: Averaged) -> dict[str, np.ndarray]:

@@ -83,11 +83,12 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
     best = _shortest_of_the_best(trials) if uses_validation(run) else max(trials, key=lambda trial: trial.radius)
     if automatic and uses_validation(run):
         best = _with_wider_guard(run, best, trials, problem)
-    spent, steps = sum(trial.steps for trial in trials) * min(WALKS, plan.walks), plan.steps
+    spent, steps = sum(trial.steps for trial in trials), plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best.plan, problem, best.radius)
         spent += cost
-    rule = "validation NLL" if uses_validation(run) else "mean rise of the summed NLL = gamma / 2"
+    rule = "validation NLL" if uses_validation(run) else "median rise of the summed NLL = gamma / 2"
+    spent *= min(WALKS, plan.walks) * plan.corrections
     yield Choice(
         best.plan.correction, best.plan.length, steps, best.plan.guard_limit, best.radius, rule, best.curve, spent
     )
@@ -182,13 +183,13 @@ def _steps(curve: list[dict[str, Any]], plan: WalkPlan) -> int:
 
 
 def _settle_steps(run: Run, plan: WalkPlan, problem: Problem, radius: float) -> tuple[int, int]:
-    """Double the steps while the points come clearly nearer to the fiber; returns steps and gradient evaluations."""
-    gamma, spent = problem.info["gamma"], WALKS * plan.steps
+    """Double the steps while the points come clearly nearer to the fiber; returns steps, and those that it took."""
+    gamma, spent = problem.info["gamma"], plan.steps
     rise = _rise_at(_curve(run, plan, problem), radius)
     while plan.steps < MOST_STEPS and rise > 0.1 * gamma:
         longer = dataclasses.replace(plan, steps=2 * plan.steps)
         better = _rise_at(_curve(run, longer, problem), radius)
-        spent += WALKS * longer.steps
+        spent += longer.steps
         if better > GAIN * rise:
             break
         plan, rise = longer, better
@@ -200,7 +201,7 @@ def _rise_at(curve: list[dict[str, Any]], radius: float) -> float:
 
 
 def _crossing(curve: list[dict[str, Any]], limit: float) -> float | None:
-    """Radius at which the mean rise of the NLL passes the limit, None if it never does."""
+    """Radius at which the median rise of the NLL passes the limit, None if it never does."""
     before_radius, before_rise = 0.0, 0.0
     for point in curve:
         if point["nll_rise"] > limit:

@@ -66,7 +66,8 @@ def radius_figure(evaluation: dict[str, Any]) -> Figure:
             axes.set_ylabel(label)
         low = canvas.axes[-1, 0]
         low.axhline(evaluation["gamma"] / 2, color=SERIES[1], linewidth=1)
-        low.annotate("γ / 2", (radius[-1], evaluation["gamma"] / 2), color=SERIES[1], ha="right", va="bottom")
+        beside = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+        low.annotate("γ / 2", (1, evaluation["gamma"] / 2), color=SERIES[1], va="center", **beside)
         if np.nanmax(rises, initial=0) > 50 * max(evaluation["gamma"], 1e-9):
             low.set_yscale("symlog", linthresh=max(evaluation["gamma"] / 2, 1e-3))
         low.set_xlabel("radius (units of the parameters)")
@@ -82,7 +83,7 @@ def walks_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
     if "paths/rise" not in arrays:
         return None
     rise, radius, bands = arrays["paths/rise"], arrays["paths/radius"], arrays["paths/quantiles"]
-    grid = np.array([p["radius"] for p in evaluation["radius_curve"]])
+    middle = arrays.get("paths/at", np.array([p["radius"] for p in evaluation["radius_curve"]]))
     alt = (
         f"Rise of the training NLL along {len(rise)} walks; at the end the median over all is {bands[1, -1]:.3g} nats."
     )
@@ -90,18 +91,19 @@ def walks_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
         axes = canvas.axes[0, 0]
         for line, at in zip(rise, radius, strict=True):
             axes.plot(at, line, color=SERIES[0], alpha=0.3, linewidth=0.8)
-        axes.fill_between(grid, bands[0], bands[2], color=SERIES[0], alpha=0.18, linewidth=0)
-        axes.plot(grid, bands[1], color=SERIES[0], label="median of all walks")
+        axes.fill_between(middle, bands[0], bands[2], color=SERIES[0], alpha=0.18, linewidth=0)
+        axes.plot(middle, bands[1], color=SERIES[0], label="median of all walks")
         axes.axvline(evaluation["radius"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
         top, shown = _top(rise, bands), float(np.nanmax(rise))
         if shown > top:
             axes.set_ylim(min(float(np.nanmin(rise)), 0.0) - 0.03 * top, top)
         axes.set_xlabel("radius")
         axes.set_ylabel("rise of training NLL, nats")
-        axes.legend(loc="upper left")
+        canvas.figure.legend(loc="outside upper left")
     caption = (
-        "Thin lines: single walks. Band: from the tenth to the ninetieth percentile. A walk on the fiber "
-        "stays low while it moves away." + (f" Peaks up to {shown:.3g} nats are cut off." if shown > top else "")
+        "Thin lines: single walks. Band: from the tenth to the ninetieth percentile after equally many steps, at the "
+        "median radius. A walk on the fiber stays low while it moves away."
+        + (f" Peaks up to {shown:.3g} nats are cut off." if shown > top else "")
     )
     return Figure("walks", "Along the walks", canvas.svg, caption)
 
@@ -121,7 +123,7 @@ def reliability_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
     lines = -(-len(names) // columns)
     errors = ", ".join(f"{title(n)} {evaluation['methods'][n]['ece']['value']:.3f}" for n in names)
     alt = f"Reliability diagrams: share right against confidence in {BINS} bins. ECE: {errors}."
-    with drawing("reliability", alt, lines, columns, size=(4.7, 0.25 + 1.62 * lines)) as canvas:
+    with drawing("reliability", alt, lines, columns, size=(4.7, 0.25 + 1.72 * lines)) as canvas:
         panels = canvas.axes.ravel()
         for axes, name in zip(panels, names, strict=False):
             confidence, hit = confidence_and_hit(arrays[f"test/{name}/probabilities"], y)
@@ -135,7 +137,7 @@ def reliability_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
             axes.plot(said, right, color=colour, linewidth=1)
             axes.scatter(said, right, s=4 + 55 * size[filled] / size.sum(), color=colour, zorder=3, linewidth=0)
             axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-            axes.set_title(title(name), fontsize=8.5)
+            axes.set_title(title(name).replace(", ", ",\n"), fontsize=8.5)
             axes.set_aspect("equal")
         for axes in panels[len(names) :]:
             axes.set_visible(False)

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.stages.figures import looks_like_images
 from pipeline.stages.plots import Arrays, methods_in
 from pipeline.stages.svg import INK, METHOD_COLOURS, MUTED, SERIES, Figure, drawing
-from pipeline.stages.table import title
+from pipeline.stages.table import minus, title
 
 
 def band_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | None:
@@ -182,7 +182,7 @@ def _series(points: Any, xs: tuple[str, ...], ys: tuple[str, ...]) -> tuple[list
     for y in ys if x else ():
         known = [(p[x], p[y]) for p in points if p.get(y) is not None]
         if len(known) > 1 and len({value for _, value in known}) > 1:
-            return [at for at, _ in known], [value for _, value in known], y.replace("_", " ")
+            return [at for at, _ in known], [value for _, value in known], y.replace("_", " ").replace("held", "held-")
     return None
 
 
@@ -231,14 +231,14 @@ def gallery(arrays: Arrays, classes: list[str], features: list[str], group: str)
             }
         elif mean is not None:
             card |= {
-                "said": f"{mean[row]:.4g}",
+                "said": minus(f"{mean[row]:.4g}"),
                 "chance": f"± {total[row] ** 0.5:.2g}",
-                "true": f"{y[row]:.4g}",
+                "true": minus(f"{y[row]:.4g}"),
                 "right": None,
             }
         if x is not None and not pictures and x.ndim == 2:
             card["cells"] = [
-                (n if not n.isdigit() else f"feature {n}", f"{v:.4g}")
+                (n if not n.isdigit() else f"feature {n}", minus(f"{v:.4g}"))
                 for n, v in list(zip(features or map(str, range(x.shape[1])), x[line], strict=False))[:4]
             ]
         cards.append(card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.run import Run, stored_config
 from pipeline.stages import plots, plots_data
 from pipeline.stages.figures import read_figures
 from pipeline.stages.svg import Figure
-from pipeline.stages.table import ARROWS, OURS, against_best, mark, metric_titles, number, ordered, title, verdict
+from pipeline.stages.table import ARROWS, OURS, against_best, gap, mark, metric_titles, number, ordered, title, verdict
 from pipeline.storage import Storage
 
 REPORT = "report.html"
@@ -137,11 +138,10 @@ def settings(plan: dict[str, Any], starts: list[dict[str, Any]], evaluation: dic
             found.append(("noise standard deviation", f"{info['noise_std']:.4g} (standardised target)"))
         found.append(("effective parameters γ", f"{info['gamma']:.1f} of {info['dim']:,}"))
         found.append(("largest curvature", f"{info['lambda_max']:.4g}"))
-    found += [
-        (f"{title(m)}: {k.replace('_', ' ')}", _short(v))
-        for m, c in evaluation["choices"].items()
-        for k, v in c.items()
-    ]
+    for method, choices in ordered(evaluation["choices"]).items():
+        for what, value in choices.items():
+            words = "" if what == "temperature" else f": {what.replace('_', ' ')}"  # which the method's title says
+            found.append((title(method) + words, _short(value)))
     return found
 
 
@@ -154,7 +154,7 @@ def render(page: dict[str, Any]) -> bytes:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     evaluation = page["evaluation"]
-    helpers = {"title": title, "number": number, "mark": lambda metric, method: mark(evaluation, metric, method)}
+    helpers = {"title": title, "number": number, "gap": gap, "mark": functools.partial(mark, evaluation)}
     words = {"verdict": verdict(evaluation), "against": against_best(evaluation)}
     columns = [(m, name, ARROWS.get(m, "↓")) for m, name in metric_titles(evaluation).items()]
     digest = hashlib.sha256(repr(sorted(evaluation["methods"].items())).encode()).hexdigest()[:12]

@@ -25,6 +25,7 @@ from pipeline.store import SampleStore
 
 VALIDATION = "shortest radius whose validation NLL is as good as the best"
 RISE = "largest radius whose mean rise of the summed NLL stays below gamma / 2"
+NEAREST = "first recorded radius, since the mean rise of the summed NLL is above gamma / 2 at every one"
 HELD_BACK = RISE + " and whose validation NLL is as good as the best"
 TILTED = "end of the tilted walk, whose endpoints are the draws"
 
@@ -91,7 +92,9 @@ def choose_radius(curve: list[dict[str, Any]], gamma: float, task: str, *, tilte
     if task == "classification" and best is not None:
         return {"radius": best, "rule": VALIDATION, "validation_radius": best}
     above = [point["nll_rise"] is None or point["nll_rise"] > gamma / 2 for point in curve]
-    last = max(above.index(True) - 1 if True in above else len(above) - 1, 0)
+    last = above.index(True) - 1 if True in above else len(above) - 1
+    if last < 0:
+        return {"radius": float(curve[0]["radius"]), "rule": NEAREST, "validation_radius": best}
     held = last if best is None else not_worse(scores[: last + 1], errors[: last + 1])
     return {
         "radius": float(curve[held]["radius"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -63,14 +64,25 @@ def title(method: str) -> str:
     return TITLES.get(method, method.replace("_", " "))
 
 
-def number(score: dict[str, Any] | None, digits: int = 3) -> str:
+def number(score: dict[str, Any] | None, digits: int = 3, sign: str = "") -> str:
     """Value ± standard error; large values with fewer decimals."""
     if not score or score["value"] is None:
         return "–"
     value, error = score["value"], score["se"]
-    digits = digits if abs(value) < 100 else 1
-    shown, spread = (f"{v:.4g}" if abs(value) >= 10_000 else f"{v:.{digits}f}" for v in (value, error or 0.0))
-    text = shown if error is None else f"{shown} ± {spread}"
+    form = ".4g" if abs(value) >= 10_000 else f".{digits if abs(value) < 100 else 1}f"
+    shown = f"{value:{sign}{form}}"
+    shown = shown.lstrip("+-") if float(shown) == 0 else shown
+    return minus(shown if error is None else f"{shown} ± {error:{form}}")
+
+
+def gap(difference: dict[str, Any], sign: str = "+") -> str:
+    """A difference ± its standard error, with two digits of the error where three decimals do not show them."""
+    error = difference["se"] or 1.0
+    return number(difference, digits=min(max(3, 1 - math.floor(math.log10(error))), 6), sign=sign)
+
+
+def minus(text: str) -> str:
+    """Numbers with the sign that print has for them."""
     return text.replace("-", "−")
 
 
@@ -123,7 +135,7 @@ def verdict(evaluation: dict[str, Any]) -> str:
     difference = evaluation["difference"].get("walk-map", {}).get("nll")
     if not difference or difference["value"] is None:
         return "The walk could not be compared with the MAP estimate."
-    size = f"{abs(difference['value']):.3f} ± {difference['se']:.3f} nats a row"
+    size = f"{gap(difference | {'value': abs(difference['value'])}, '')} nats a row"
     values = {name: number(evaluation["methods"][name]["nll"]).split(" ±")[0] for name in ("walk", "map")}
     both = f"test NLL {values['walk']} against {values['map']}"
     if difference["verdict"] == "better":
@@ -142,11 +154,10 @@ def against_best(evaluation: dict[str, Any]) -> str:
     best = min(known, key=lambda name: known[name])
     difference = evaluation["difference"][f"walk-{best}"]["nll"]
     if difference["value"] is None:
-        return f"It could not be compared with the best control, {title(best)} ({known[best]:.3f})."
+        return f"It could not be compared with the best control, {title(best)} ({minus(f'{known[best]:.3f}')})."
     words = {
         "better": "is better than",
         "worse": "is worse than",
         "undecided": "cannot be told apart from",
     }[difference["verdict"]]
-    detail = f"{known[best]:.3f}; difference {difference['value']:+.3f} ± {difference['se']:.3f}".replace("-", "−")
-    return f"It {words} the best control, {title(best)} ({detail})."
+    return f"It {words} the best control, {title(best)} ({minus(f'{known[best]:.3f}')}; difference {gap(difference)})."
