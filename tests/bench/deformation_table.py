@@ -70,6 +70,7 @@ def floor(model: Deformation, problem: Problem, draws: int) -> float:
     def work() -> None:
         normal = torch.from_numpy(rng.standard_normal((draws, model.dim), dtype=np.float32))
         if chain is not None:
+            normal = normal.to(chain.basis.dtype)
             normal @ chain.basis.T
             network.outputs_many(normal.to(network.dtype) * 0.01 + problem.theta_star, x, 64)
 

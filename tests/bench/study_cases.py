@@ -160,14 +160,14 @@ MILE = (
     "MILE, ten members, given by its authors (another split, no validation rows): RMSE .1215, NLL −.9126 (standardised)"
 )
 CASES = [
-    Case("banana-weak", "Banana, α = 0.1", 3, _banana(0.1), [
+    Case("banana-weak", "Banana, α = 0.1", 5, _banana(0.1), [
         "Riemannian Laplace NLL .287, MAP accuracy .867 (Bergamin et al. 2023, other split)"]),
-    Case("banana", "Banana, α = 1", 3, _banana(1.0)),
-    Case("snelson-gap", "Snelson, 1.5 < x < 3 held out", 1, _snelson, [
+    Case("banana", "Banana, α = 1", 5, _banana(1.0)),
+    Case("snelson-gap", "Snelson, 1.5 < x < 3 held out", 5, _snelson, [
         "DiMS gap NLL a draw 1.816 ± .945, Riemannian Laplace 78.1 ± 55.9 (Jacobsen et al. 2026, raw inputs, "
         "without the constant)"],
         note="The constant ½ log 2π = .919 of the Gaussian is part of every NLL here."),
-    *[Case(n, n.replace("_", " "), 3, _uci_classes(n, *t)) for n, *t in (
+    *[Case(n, n.replace("_", " "), 5, _uci_classes(n, *t)) for n, *t in (
         ("australian", "class"), ("breast_cancer_categorical", "event"), ("ionosphere", "eticheta"),
         ("waveform", "", 500))],
     *[Case(n, n, 5, _uci_regression(n)) for n in ("concrete", "energy", "power-plant", "wine-quality-red", "yacht")],
