@@ -21,6 +21,8 @@ from pipeline.shard import build_kernel
 
 CANDIDATES = ("momentum", "plain", "deflated-momentum")
 """Corrections that `walk.correction: auto` compares."""
+TILTED = ("plain", "deflated", "momentum", "deflated-momentum")
+"""Those for tilted walks, in the order of preference among equals."""
 WALKS = 16
 """Walks of a pilot."""
 RECORDS = 20
@@ -73,9 +75,14 @@ def run_pilot(run: Run, plan: WalkPlan) -> Iterator[Choice]:
 
     Where the guard held walks back and validation rows decide, a wider guard is tried, and taken if its score is
     clearly better: with few parameters that the data leave free, walks that fit worse may still predict better.
+
+    Tilted walks have no length to choose: see `_choose_tilted`.
     """
     problem = load_problem(run, 0, dataclasses.replace(plan, compile=False))  # a few walks do not repay a compiler
-    automatic = run.config.walk.length == "auto" and plan.tilt == "none"
+    if plan.tilt == "posterior":
+        yield _choose_tilted(run, plan, problem)
+        return
+    automatic = run.config.walk.length == "auto"
     trials: list[_Trial] = []
     for candidate in _candidates(run, plan, problem):
         begin = min(trials, key=lambda trial: trial.score).plan.length if trials else FIRST_LENGTH
@@ -101,6 +108,43 @@ def _candidates(run: Run, plan: WalkPlan, problem: Problem) -> list[WalkPlan]:
     names = [name for name in CANDIDATES if not name.startswith("deflated") or len(problem.curvature.values)]
     whole = dataclasses.replace(plan, rank=len(problem.curvature.values))
     return [whole.with_correction(name) for name in names]
+
+
+def _choose_tilted(run: Run, plan: WalkPlan, problem: Problem) -> Choice:
+    """The correction whose endpoints rise by about D / 2 in U, as draws of a Gaussian posterior do on average.
+
+    Validation rows do not decide here: they prefer draws that are sharper or wider than the posterior. Momentum, which
+    is best on ill-conditioned linear models, moves too far along the directions of a network that are flat at theta*.
+    """
+    free, names = run.config.walk.correction == "auto", [name for name in TILTED if "deflated" not in name]
+    names = list(TILTED) if len(problem.curvature.values) else names
+    whole, law = dataclasses.replace(plan, rank=len(problem.curvature.values)), plan.dim / 2
+    plans = [whole.with_correction(name) for name in names] if free else [plan]
+    tried = [(candidate, _endpoint_rise(run, candidate, problem)) for candidate in plans]
+    best, _ = min(tried, key=lambda pair: abs(pair[1] - law) if math.isfinite(pair[1]) else math.inf)
+    curve = [{"correction": c.correction, "radius": c.length, "potential_rise": _finite(rise)} for c, rise in tried]
+    spent, steps = len(tried) * plan.steps * min(WALKS, plan.walks), plan.steps
+    if run.config.walk.steps == "auto":
+        steps, cost = _settle_steps(run, best, problem, best.length)
+        spent += cost
+    rule = "mean rise of U nearest to D / 2"
+    return Choice(best.correction, best.length, steps, best.guard_limit, best.length, rule, curve, spent)
+
+
+def _endpoint_rise(run: Run, plan: WalkPlan, problem: Problem) -> float:
+    """Mean rise of U at the end of a few walks, in nats; infinite where all diverged."""
+    kernel = build_kernel(run, plan, problem, Shard(0, 0, 0, min(WALKS, plan.walks)))
+    state = init(kernel)
+    for step in range(1, plan.steps + 1):
+        advance(kernel, state)
+        if step % max(plan.steps // RECORDS, 1) == 0 or step == plan.steps:
+            secure(state)
+            set_anchor(state, state.nll)
+    sound = state.position[~state.diverged]
+    if not len(sound):
+        return math.inf
+    star = problem.potential.value(problem.theta_star.detach()[None])
+    return float((problem.potential.value(sound).double() - star.double()).mean())
 
 
 @dataclass(frozen=True)

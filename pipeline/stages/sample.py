@@ -89,7 +89,8 @@ def settle_plan(run: Run, executor: Executor, progress: Progress) -> WalkPlan:
 def needs_pilot(run: Run) -> bool:
     """Whether anything is left to be chosen by walking."""
     walk = run.config.walk
-    return "auto" in (walk.length, walk.steps) or (walk.correction == "auto" and uses_validation(run))
+    compares = uses_validation(run) or walk.tilt == "posterior"
+    return "auto" in (walk.length, walk.steps) or (walk.correction == "auto" and compares)
 
 
 def draft_plan(run: Run) -> WalkPlan:
