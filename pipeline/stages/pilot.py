@@ -122,7 +122,7 @@ def _choose_tilted(run: Run, plan: WalkPlan, problem: Problem) -> Choice:
     plans = [whole.with_correction(name) for name in names] if free else [plan]
     tried = [(candidate, _endpoint_rise(run, candidate, problem)) for candidate in plans]
     best, _ = min(tried, key=lambda pair: abs(pair[1] - law) if math.isfinite(pair[1]) else math.inf)
-    curve = [{"correction": c.correction, "radius": c.length, "potential_rise": _finite(rise)} for c, rise in tried]
+    curve = [{"correction": c.correction, "radius": c.length, "potential_rise": finite_or_none(r)} for c, r in tried]
     spent, steps = len(tried) * plan.steps * min(WALKS, plan.walks), plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best, problem, best.length)
