@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.bayes import compiled, kernels
 from pipeline.bayes.batched import block_rows, chunk_walks, even_parts
 from pipeline.bayes.chain import parse_chain
-from pipeline.bayes.kernels import choose_form, layer_elements, nll_gradient, plan_form
+from pipeline.bayes.kernels import choose_form, nll_gradient, plan_form
 from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
 from pipeline.bayes.trees import Tree
@@ -90,7 +90,7 @@ def test_one_loop_or_many_at_once_follows_from_the_work_of_one_gradient():
         assert plan_form(network, x, rows, 1000, "auto") == (form, False)
         assert plan_form(network, x, rows, 1000, True) == ("vmap", True)
         assert plan_form(network, x, rows, 10**9, "auto") == (form, form == "vmap")
-    assert layer_elements(Network(images), torch.zeros(2, 1, 28, 28)) == 3 * 8 * 28 * 28
+    assert Network(images).elements(torch.zeros(2, 1, 28, 28)) == 3 * 8 * 28 * 28
 
 
 @pytest.mark.parametrize("form", ["vmap", "loop"])
@@ -104,7 +104,7 @@ def test_rows_pass_in_parts_where_all_at_once_would_take_much_memory(form, monke
         return inside(self, theta, x, y)
 
     monkeypatch.setattr(kernels._Loop, "_nll", counted)
-    monkeypatch.setattr(kernels, "ROW_ELEMENTS", {"cpu": 8 * layer_elements(network, x)})
+    monkeypatch.setattr(kernels, "ROW_ELEMENTS", {"cpu": 8 * network.elements(x)})
     kernel = nll_gradient(network, Categorical(3), x, y, form=form)
     assert_same(kernel(theta), exact, torch.float64)
     assert max(sizes) == 8 and len(sizes) > 1

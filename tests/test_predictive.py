@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.bayes import predictive
 from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with_noise
 from pipeline.bayes.likelihood import Categorical, Gaussian, Heteroscedastic
 from pipeline.bayes.params import Network
@@ -33,6 +34,21 @@ def test_average_does_not_depend_on_the_batches_of_draws(likelihood):
         assert np.allclose(results[0].nll(y), other.nll(y), atol=1e-6)
         assert np.allclose(results[0].total, other.total, atol=1e-6)
         assert np.allclose(results[0].nll_draws, other.nll_draws, atol=1e-6)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(3), Gaussian(0.3)])
+def test_average_does_not_depend_on_how_many_rows_pass_together(likelihood, monkeypatch):
+    network, theta, x = small(likelihood.columns)
+    y = np.zeros(6, dtype=np.int64) if isinstance(likelihood, Categorical) else np.zeros(6)
+    found = []
+    for elements in (predictive._ELEMENTS, 2 * 10 * network.elements(torch.as_tensor(x))):
+        monkeypatch.setattr(predictive, "_ELEMENTS", elements)
+        pieces = [rows for rows, _ in predictive.draw_outputs(network, theta, torch.as_tensor(x))]
+        average = PredictiveAverage(likelihood, y)
+        average.add(network, theta, torch.as_tensor(x))
+        found.append((pieces, average.result()))
+    assert [len(pieces) for pieces, _ in found] == [1, 3]
+    assert np.allclose(found[0][1].nll(y), found[1][1].nll(y), atol=1e-6)
 
 
 def test_class_uncertainty_splits_into_mean_entropy_and_mutual_information():

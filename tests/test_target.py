@@ -46,6 +46,18 @@ def test_gradient_and_hessian_products_equal_autograd(likelihood, columns):
 
 
 @pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
+def test_curvature_products_are_the_same_whatever_number_of_vectors_passes_together(likelihood, columns, monkeypatch):
+    potential = small_problem(likelihood, columns)
+    theta, eye = potential.network.theta(), torch.eye(potential.network.dim, dtype=torch.float64)
+    whole = potential.hvp(theta, eye), potential.gauss_newton(theta, eye)
+    # Two layers with five units and one without any of its own: 10 elements and the outputs for each of 7 rows.
+    monkeypatch.setattr(target_module, "VECTOR_ELEMENTS", 3 * 7 * (10 + columns))
+    assert potential._together() == 3
+    for found, expected in zip((potential.hvp(theta, eye), potential.gauss_newton(theta, eye)), whole, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("likelihood", "columns"), LIKELIHOODS)
 def test_differences_of_gradients_equal_exact_hessian_products(likelihood, columns, monkeypatch):
     potential = small_problem(likelihood, columns)
     theta = torch.randn(potential.network.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

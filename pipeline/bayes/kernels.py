@@ -55,7 +55,7 @@ def choose_form(
         device: Where it is computed.
         compile: Whether the form may be compiled.
         batches: Whether torch.func takes the network; see `Network.batches`.
-        elements: Elements of all layers for one row; see `layer_elements`.
+        elements: Elements of all layers for one row; see `Network.elements`.
     """
     if not batches:
         return "loop"
@@ -79,7 +79,7 @@ def plan_form(
         compile: Whether to compile, or "auto": where the work repays it.
     """
     shape = network.module, rows, network.dim, network.device
-    elements, batches = layer_elements(network, x), network.batches(x)
+    elements, batches = network.elements(x), network.batches(x)
     form = choose_form(*shape, batches=batches, elements=elements)
     pays = compile_pays(evaluations, rows, network.dim, elements) if compile == "auto" else compile
     compiled = pays and choose_form(*shape, compile=True, batches=batches, elements=elements) == "vmap"
@@ -139,7 +139,7 @@ class _General:
 
     def __init__(self, network: Network, likelihood: Likelihood, x: Tree, y: Tensor):
         self.network, self.likelihood, self.x, self.y = network, likelihood, x, y
-        self.elements = layer_elements(network, x)
+        self.elements = network.elements(x)
 
     def _rows(self, rows: Tensor | None) -> tuple[Tree, Tensor]:
         return (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
@@ -208,22 +208,3 @@ class _InParts:
             gradient += part
             nll += value
         return gradient, nll
-
-
-def layer_elements(network: Network, x: Tree) -> int:
-    """Elements of all layers' outputs for one row of one parameter vector."""
-    total = 0
-
-    def count(module: nn.Module, args: tuple, output: object) -> None:
-        nonlocal total
-        parts = output if isinstance(output, tuple) else (output,)  # recurrent layers give their last state too
-        total += sum(part.numel() for part in parts if isinstance(part, Tensor))
-
-    hooks = [m.register_forward_hook(count) for m in network.module.modules() if not any(m.children())]
-    try:
-        with torch.no_grad():
-            network.outputs(network.theta(), take_rows(x, slice(0, 1)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total

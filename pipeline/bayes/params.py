@@ -109,6 +109,7 @@ class Network:
         self._writes: bool | None = None  # whether a call changes buffers; not known before the first
         self._batches: bool | None = None
         self._twice: bool | None = None
+        self._elements: int | None = None
         # Whether it asks for single precision by name where all is double; not known before the first call.
         self._casts: bool | None = None if dtype == torch.float64 else False
         self._inside = False  # whether many outputs at once are only to be had within a derivative
@@ -197,6 +198,29 @@ class Network:
             if not self._twice:
                 log.info("Curvature by differences: the gradient of the network cannot be differentiated.")
         return self._twice
+
+    def elements(self, x: Tree) -> int:
+        """Elements of all layers' outputs for one row of one parameter vector: what a backward pass holds."""
+        if self._elements is None:
+            self._elements = self._count(take_rows(x, slice(0, 1)))
+        return self._elements
+
+    def _count(self, x: Tree) -> int:
+        total = 0
+
+        def count(module: nn.Module, args: tuple, output: object) -> None:
+            nonlocal total
+            parts = output if isinstance(output, tuple) else (output,)  # recurrent layers give their last state too
+            total += sum(part.numel() for part in parts if isinstance(part, Tensor))
+
+        hooks = [m.register_forward_hook(count) for m in self.module.modules() if not any(m.children())]
+        try:
+            with torch.no_grad():
+                self.outputs(self.theta(), x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return total
 
     def _vmaps(self, theta: Tensor, x: Tree) -> bool:
         try:

@@ -23,6 +23,8 @@ from pipeline.bayes.trees import Tree, row_count, slice_rows
 
 _ROWS = 2048
 _DRAWS = 16
+_ELEMENTS = 1 << 29
+"""Most elements of all layers of the rows and draws that pass together."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ def draw_outputs(network: Network, theta: Tensor, x: Tree) -> Iterator[tuple[sli
     one_by_one = any(len(shape) > 2 for shape in network.layout.shapes)
     with torch.no_grad():
         theta = theta.to(device=network.device, dtype=network.dtype)
-        for first in range(0, row_count(x), _ROWS):
-            piece = slice_rows(x, first, first + _ROWS)
+        together = network.elements(x) * (1 if one_by_one else min(_DRAWS, len(theta)))
+        rows = max(1, min(_ROWS, _ELEMENTS // max(1, together)))
+        for first in range(0, row_count(x), rows):
+            piece = slice_rows(x, first, first + rows)
             if one_by_one:
                 outputs = torch.stack([network.outputs(t, piece) for t in theta])
             else:

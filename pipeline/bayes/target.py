@@ -23,6 +23,8 @@ from pipeline.errors import InputError
 
 ROW_BATCH = 256
 """Rows of one forward pass of curvature products on a CPU."""
+VECTOR_ELEMENTS = 1 << 28
+"""Most elements between the layers of all vectors that pass together in curvature products."""
 DIFFERENCED = 1_000_000
 """Rows times parameters above which Hessian products are differences of gradients: the fast forms of those are several
 times faster than automatic differentiation twice over, and in float64 they agree to nine digits."""
@@ -115,7 +117,7 @@ class Potential:
         total = vectors * self.precision
         for x, y in self.pieces():
             slope = grad(lambda t, x=x, y=y: self.piece_nll(t, x, y))
-            total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=32)(vectors)
+            total += vmap(lambda v, slope=slope: jvp(slope, (theta,), (v,))[1], chunk_size=self._together())(vectors)
         return total
 
     def gauss_newton(self, theta: Tensor, vectors: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class Potential:
                 tangent = jvp(lambda t: self.network.outputs(t, x), (theta,), (v,))[1]
                 return pull(self.likelihood.curvature_product(outputs, tangent))[0]
 
-            total += vmap(product, chunk_size=32)(vectors)
+            total += vmap(product, chunk_size=self._together())(vectors)
         return total
 
     def piece_nll(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
@@ -141,6 +143,11 @@ class Potential:
         """Inputs and targets in pieces of `row_batch` rows."""
         bounds = range(0, self.rows, self.row_batch)
         return [(slice_rows(self.x, b, b + self.row_batch), self.y[b : b + self.row_batch]) for b in bounds]
+
+    def _together(self) -> int:
+        """Vectors that pass together."""
+        row = max(1, self.network.elements(self.x))
+        return max(1, min(32, VECTOR_ELEMENTS // (row * min(self.rows, self.row_batch))))
 
     def _reference_gradient(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])
