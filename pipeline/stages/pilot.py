@@ -138,7 +138,7 @@ def _endpoint_rise(run: Run, plan: WalkPlan, problem: Problem) -> float:
     for step in range(1, plan.steps + 1):
         advance(kernel, state)
         if step % max(plan.steps // RECORDS, 1) == 0 or step == plan.steps:
-            secure(state)
+            secure(state, state.nll)
             set_anchor(state, state.nll)
     sound = state.position[~state.diverged]
     if not len(sound):
