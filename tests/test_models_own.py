@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.func import grad, jvp
 
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.kernels import choose_form, nll_gradient
 from pipeline.bayes.likelihood import Categorical
 from pipeline.bayes.params import Network
@@ -302,3 +303,9 @@ class TestOwnNetworks:
         save_file({prefix + name: value for name, value in network.state_dict().items()}, tmp_path / "w.safetensors")
         load_weights(other, str(tmp_path / "w.safetensors"))
         assert torch.equal(other.weight, network.weight)
+
+    def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_the_usual_one(self) -> None:
+        network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        assert parse_chain(network, 39) is not None
+        network[1].forward = torch.sin
+        assert parse_chain(network, 39) is None

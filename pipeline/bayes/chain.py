@@ -161,8 +161,8 @@ def _pair(value: object) -> tuple[int, int]:
 
 
 def _leaves(module: nn.Module) -> list[nn.Module] | None:
-    """The modules that do something, in order; None if a hook could do more."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    """The modules that do something, in order; None if a hook, or a forward of its own, could do more."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d):
         return []
