@@ -21,6 +21,7 @@ from pipeline.errors import RunError
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
 from pipeline.stages.comparison import Comparison
+from pipeline.stages.cost import estimate_cost
 from pipeline.stages.evaluate import evaluate, evaluation_table, sound
 from pipeline.stages.figures import FIGURES
 from pipeline.stages.methods import Method, Unavailable, random_draws, second_opinion
@@ -266,3 +267,11 @@ def test_the_table_shows_methods_with_their_errors_and_changes_no_number():
     best = min(result["methods"], key=lambda m: result["methods"][m]["nll"]["value"])
     assert result["leaders"]["nll"][0] == best
     assert result == finished("curve").storage.read_json("evaluation.json")
+
+
+@pytest.mark.parametrize("name", ["classes", "curve"])
+def test_the_plan_tells_the_bytes_that_are_stored(name):
+    """With room for momentum, which not every correction has."""
+    run = finished(name)
+    stored = sum(entry.size for entry in run.storage.list("walks"))
+    assert 0.9 * stored <= estimate_cost(run).storage_bytes <= 1.5 * stored

@@ -25,6 +25,10 @@ from pipeline.run import Run
 from pipeline.stages.pilot import MOST_STEPS, WALKS
 from pipeline.stages.sample import AUTO_STEPS, records_per_block
 
+ROW_BYTES = 60
+"""Of a stored point, beside theta."""
+FOOTER_BYTES = 4096
+"""Of a block, beside its rows: schema, statistics, checksums."""
 PROCESS_BYTES = 400 << 20
 """A process with torch and Ray loaded, measured on Linux."""
 WALK_COPIES = 7
@@ -111,6 +115,7 @@ def estimate_cost(run: Run) -> Cost:
     pilot = WALKS * steps * PILOT_TRIALS if "auto" in (walk.length, walk.steps) else 0
     data = sum(leaf.nbytes for rows in _splits(run) for leaf in leaves(rows.x))
     positions, block = walks_here * dim * item, in_block * walks_here * dim * item
+    momentum = 0 if walk.correction in ("plain", "deflated") else positions
     rank = 0 if walk.correction in ("plain", "momentum") else min(walk.rank, dim)
     fitted, fit = config.deformation.kind != "none", _deformation_bytes(config, dim)
     return Cost(
@@ -123,7 +128,7 @@ def estimate_cost(run: Run) -> Cost:
         records=records,
         blocks=blocks,
         gradient_evaluations=walk.walks * (steps * walk.corrections + records) + pilot,
-        storage_bytes=walk.walks * records * (dim * item + 60) + 8 * walk.walks * dim,
+        storage_bytes=walk.walks * records * (dim * item + ROW_BYTES) + blocks * (momentum + FOOTER_BYTES),
         block_bytes=block,
         actor_bytes=PROCESS_BYTES + 3 * data + WALK_COPIES * positions + 2 * block + (rank + 2) * dim * 8,
         actors=min(_actors(config), shards),
