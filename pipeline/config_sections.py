@@ -28,9 +28,10 @@ class DataConfig(Section):
     """What the network learns from."""
 
     source: Annotated[str, BeforeValidator(values.source)]
-    """sklearn:NAME, csv:URI, parquet:URI, npz:URI (arrays x, y; or named inputs x.NAME, whose whole numbers are token
-    numbers), idx:URI_PREFIX (MNIST files; the rows of train-* come first, those of t10k-* after them), or
-    python:MODULE:FUNCTION (a function that returns (x, y), found on PYTHONPATH or in the working directory)."""
+    """sklearn:NAME, csv:URI, parquet:URI (a file, or the files in a folder), npz:URI (arrays x, y; or named inputs
+    x.NAME, whose whole numbers are token numbers), idx:URI_PREFIX (MNIST files; the rows of train-* come first, those
+    of t10k-* after them), or python:MODULE:FUNCTION (a function that returns (x, y), found on PYTHONPATH or in the
+    working directory)."""
     target: Annotated[int | str | None, BeforeValidator(values.column)] = None
     """The target column of csv and parquet: its name, or its position (-1 is the last); other columns are features."""
     task: Annotated[Literal["classification", "regression"], values.choice("classification", "regression")] = (

@@ -94,6 +94,9 @@ class Storage:
         if self.protocol == "file":
             return LocalBackend(self.uri)
         if self.protocol == "s3":
+            endpoint = os.environ.get("AWS_ENDPOINT_URL") or "https://"
+            if not endpoint.startswith(("http://", "https://")):
+                raise InputError(f"AWS_ENDPOINT_URL must begin with http:// or https://, got {scrub(endpoint)}")
             return S3Backend(self.uri.split("://", 1)[1], patience, connect_timeout, read_timeout)
         return OtherBackend(self.uri, patience)
 

@@ -26,6 +26,22 @@ class TestOtherSources:
         assert first.digest == second.digest
         np.testing.assert_array_equal(first.train.x, second.train.x)
 
+    def test_parquet_files_of_a_folder_are_one_after_the_other(self, tmp_path: Path) -> None:
+        frame = table()
+        frame.to_parquet(tmp_path / "whole.parquet")
+        (tmp_path / "parts").mkdir()
+        for first, name in ((0, "part-0"), (7, "part-1"), (20, "part-2")):
+            piece = frame.iloc[first : {0: 7, 7: 20, 20: None}[first]]
+            piece.assign(kind=piece.kind.astype("category")).to_parquet(tmp_path / "parts" / f"{name}.parquet")
+        (tmp_path / "parts" / "_SUCCESS").touch()
+        settings = {"target": "y", "validation": [3, 9], "test": [18, 25], "train_rows": 9}
+        whole, parts = (load(source=f"parquet:{tmp_path / name}", **settings) for name in ("whole.parquet", "parts"))
+        assert whole.digest == parts.digest
+        np.testing.assert_array_equal(whole.test.x, parts.test.x)
+        frame[["y"]].to_parquet(tmp_path / "parts" / "part-3.parquet")
+        assert "part-3.parquet has the columns y, not" in refused(source=f"parquet:{tmp_path}/parts", target="y")
+        assert "without .parquet files" in refused(source=f"parquet:{tmp_path.parent}", target="y")
+
     def test_parquet_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "t.parquet").write_text("no")
         assert "no Parquet file" in refused(source=f"parquet:{tmp_path}/t.parquet", target="y")

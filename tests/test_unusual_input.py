@@ -218,3 +218,9 @@ def test_a_file_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_kind_of_place_that_nobody_knows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "nowhere://a/b"]) == 2
     assert "nowhere://a/b cannot be opened: Protocol not known" in capsys.readouterr().err
+
+
+def test_an_endpoint_without_its_protocol(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:8333")
+    assert main(["status", "s3://bucket/run"]) == 2
+    assert "AWS_ENDPOINT_URL must begin with http://" in capsys.readouterr().err

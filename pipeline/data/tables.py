@@ -14,7 +14,7 @@ import pyarrow as pa
 from fsspec.core import OpenFile
 from pyarrow import csv, parquet
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, few
 from pipeline.machine import machine_memory, readable
 from pipeline.own_code import cause
 
@@ -77,16 +77,34 @@ def _parquet(uri: str, setting: str) -> Iterator[parquet.ParquetFile]:
         raise InputError(f"{setting}: {uri} is no Parquet file that can be read: {cause(error)}") from error
 
 
+def _parts(uri: str, setting: str) -> list[str]:
+    """The file, or the Parquet files that lie in a folder, by name. Raises InputError for a folder without any."""
+    try:
+        system, path = fsspec.core.url_to_fs(uri)
+        if not system.isdir(path):
+            return [uri]
+        found = sorted(system.ls(path, detail=False))
+    except Exception:  # noqa: BLE001 - opening it as a file says what is wrong with the place
+        return [uri]
+    parts = [part for part in found if part.endswith(".parquet") and part.rpartition("/")[2][0] not in "._"]
+    if not parts:
+        raise InputError(f"{setting}: {uri} is a folder without .parquet files in it; name a file")
+    return [system.unstrip_protocol(part) for part in parts]
+
+
 def parquet_shape(uri: str, setting: str = "data.source") -> tuple[int, int]:
-    """Rows and columns, from the end of the file alone. Raises InputError."""
-    with _parquet(uri, setting) as file:
-        if not file.metadata.num_rows:
-            raise InputError(f"{setting}: {uri} holds no rows")
-        return file.metadata.num_rows, file.metadata.num_columns
+    """Rows of a file, or of the files in a folder, and columns, from the ends of the files alone. Raises InputError."""
+    rows, columns = 0, 0
+    for part in _parts(uri, setting):
+        with _parquet(part, setting) as file:
+            rows, columns = rows + file.metadata.num_rows, file.metadata.num_columns
+    if not rows:
+        raise InputError(f"{setting}: {uri} holds no rows")
+    return rows, columns
 
 
 def read_parquet(uri: str, setting: str = "data.source", keep: np.ndarray | None = None) -> pa.Table:
-    """Read one Parquet file in batches, so that memory holds the kept rows and one batch.
+    """Read a Parquet file, or those in a folder one after the other, so that memory holds the kept rows and one batch.
 
     Args:
         uri: Path or URI.
@@ -94,13 +112,25 @@ def read_parquet(uri: str, setting: str = "data.source", keep: np.ndarray | None
         keep: Sorted numbers of the rows to keep; None keeps all.
 
     Raises:
-        InputError: It cannot be read, or holds no rows.
+        InputError: It cannot be read, or holds no rows, or the files have other columns.
     """
-    with _parquet(uri, setting) as file:
-        names = [name for name in file.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
-        if not file.metadata.num_rows:
-            raise InputError(f"{setting}: {uri} holds no rows")
-        return pa.Table.from_batches(_kept(file, names, keep), pa.schema([file.schema_arrow.field(n) for n in names]))
+    tables: list[pa.Table] = []
+    first = 0
+    for part in _parts(uri, setting):
+        with _parquet(part, setting) as file:
+            names = [name for name in file.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
+            schema, rows = pa.schema([file.schema_arrow.field(name) for name in names]), file.metadata.num_rows
+            inside = None if keep is None else keep[(keep >= first) & (keep < first + rows)] - first
+            tables.append(pa.Table.from_batches(_kept(file, names, inside), schema))
+            first += rows
+        if tables[0].column_names != names:
+            raise InputError(f"{setting}: {part} has the columns {few(names)}, not {few(tables[0].column_names)}")
+    if not first:
+        raise InputError(f"{setting}: {uri} holds no rows")
+    try:
+        return tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{setting}: the files in {uri} do not fit together: {cause(error)}") from error
 
 
 def _kept(file: parquet.ParquetFile, names: list[str], keep: np.ndarray | None) -> Iterator[pa.RecordBatch]:
