@@ -216,7 +216,7 @@ def misplaced(metadata: pq.FileMetaData, plan: WalkPlan, key: BlockKey) -> str |
     for place in range(metadata.row_group(0).num_columns if groups else 0):
         columns = [group.column(place) for group in groups]
         name = columns[0].path_in_schema
-        if name in expected and all(column.statistics is not None for column in columns):
+        if name in expected and all(c.statistics is not None and c.statistics.has_min_max for c in columns):
             held = (min(c.statistics.min for c in columns), max(c.statistics.max for c in columns))
             if held != expected[name]:
                 return f"holds {name} {held[0]} to {held[1]}, its name says {expected[name][0]} to {expected[name][1]}"

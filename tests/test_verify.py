@@ -233,3 +233,15 @@ def test_a_block_under_the_name_of_another_is_not_read(tmp_path: Path, other: Bl
     store.storage.replace(BlockKey(0, 0).path, store.storage.read(other.path))
     with pytest.raises(RunError, match=r"holds .* its name says .*--repair"):
         store.read_columns(BlockKey(0, 0), ["theta"])
+
+
+def test_before_the_first_walk_nothing_is_wrong_and_damage_is_found(tmp_path: Path):
+    """As a driver leaves it that was killed during the MAP estimate."""
+    store = make_store(str(tmp_path), make_plan(starts=1), fill=False)
+    store.storage.delete("plan.json")
+    found = verify(str(tmp_path))
+    assert found.sound and not found.complete
+    assert "No walk has begun" in str(found)
+    store.storage.replace("map/start=0/map.json", b"{")
+    assert kinds(repair(str(tmp_path))) == {"map/start=0/map.json": "damaged"}
+    assert verify(str(tmp_path)).sound

@@ -64,7 +64,7 @@ class Findings:
     @property
     def complete(self) -> bool:
         """Whether every planned block is there and sound."""
-        return self.blocks == self.blocks_planned
+        return self.blocks == self.blocks_planned > 0
 
     @property
     def sound(self) -> bool:
@@ -81,6 +81,8 @@ class Findings:
         lines += [f"removed: {path}" for path in self.removed]
         if self.blocks_planned:
             there = f"{self.blocks} of {self.blocks_planned} blocks and {self.rows} of {self.rows_planned} rows are"
+        elif not self.blocks and not self.findings:
+            return "No walk has begun: there is no block yet, and nothing is wrong."
         else:
             there = f"Without a plan only checksums can be looked at: {self.blocks} blocks are"
         lines.append(f"{there} there and sound, {self.bytes / 1e6:,.1f} MB read.")
@@ -101,7 +103,7 @@ def verify(run_uri: str) -> Findings:
     run whose sampling was finished, is a gap.
 
     Raises:
-        InputError: There is no run at that address, or it was not planned yet.
+        InputError: There is no run at that address.
     """
     storage = Storage.open(run_uri)
     results = Results(storage)
@@ -109,7 +111,7 @@ def verify(run_uri: str) -> Findings:
     store = _store(storage, results)
     if store is None:
         _refuse_other_folder(storage, results)
-        if not blocks and not results.wrong:
+        if not blocks and not results.wrong and results.run is None:
             SampleStore.open(storage)  # says what is missing
     result = Findings(storage.uri, findings=[Finding(*found) for found in results.wrong])
     if store is not None:
