@@ -11,8 +11,9 @@ from torch import Tensor
 from pipeline.bayes.deformation.base import FreeLaw, deal
 from pipeline.bayes.deformation.basis import Sketch, leading_basis, orthonormalise_, random_probe
 from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.metric import Autoencoder, Metric
 from pipeline.bayes.deformation.ridge import Moments, fit_core
-from tests.checks import FALSE_ALARM
+from tests.checks import FALSE_ALARM, assert_covariance
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -69,6 +70,29 @@ def test_free_directions_have_unit_length_and_survive_a_file() -> None:
     d = again.directions(np.random.default_rng(0), 5)
     assert torch.equal(d, law.directions(np.random.default_rng(0), 5))
     assert torch.allclose(d.norm(dim=1), torch.ones(5))
+
+
+def test_directions_of_a_tilted_walk_have_the_law_of_its_drift() -> None:
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    law = FreeLaw(2, scale, unit=False, reach=5.0)
+    assert FreeLaw.from_tensors(law.to_tensors()).reach == 5.0
+    drift = 5.0 * law.directions(np.random.default_rng(0), 2000, torch.float64)
+    assert_covariance(drift.numpy(), np.diag([1.0, 4.0]))
+
+
+def test_the_metric_kind_draws_the_gaussian_of_the_latents_at_the_nearest_radius() -> None:
+    rng = np.random.default_rng(4)
+    model = Autoencoder(2, 2, []).double()  # a linear decoder, so that the law of the draws is known
+    roots, means = torch.from_numpy(rng.normal(size=(2, 2, 2))), torch.from_numpy(rng.normal(size=(2, 2)))
+    parts = torch.tensor([1.0, -1.0]).double(), torch.tensor(0.5).double(), model, torch.tensor([1.0, 2.0]).double()
+    metric = Metric.from_tensors(Metric(2.0, *parts, means, roots).to_tensors())
+    (layer,) = model.decoder
+    weight, bias = (p.detach() for p in layer.parameters())
+    for node, radius in enumerate((1.2, None)):
+        center = parts[0] + 0.5 * (weight @ means[node] + bias)
+        root = 0.5 * weight @ roots[node]
+        draws = metric.draw(np.random.default_rng(5), 2000, radius) - center
+        assert_covariance(draws.numpy(), (root @ root.T).numpy())
 
 
 def test_draws_are_dealt_to_starts_in_turns_and_in_proportion() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from pipeline.bayes import predictive
@@ -39,16 +40,19 @@ def test_average_does_not_depend_on_the_batches_of_draws(likelihood):
 @pytest.mark.parametrize("likelihood", [Categorical(3), Gaussian(0.3)])
 def test_average_does_not_depend_on_how_many_rows_pass_together(likelihood, monkeypatch):
     network, theta, x = small(likelihood.columns)
-    y = np.zeros(6, dtype=np.int64) if isinstance(likelihood, Categorical) else np.zeros(6)
+    y = np.array([0, 1, 2, 0, 1, 2]) if isinstance(likelihood, Categorical) else np.linspace(-1, 1, 6)
     found = []
     for elements in (predictive._ELEMENTS, 2 * 10 * network.elements(torch.as_tensor(x))):
         monkeypatch.setattr(predictive, "_ELEMENTS", elements)
         pieces = [rows for rows, _ in predictive.draw_outputs(network, theta, torch.as_tensor(x))]
         average = PredictiveAverage(likelihood, y)
         average.add(network, theta, torch.as_tensor(x))
-        found.append((pieces, average.result()))
-    assert [len(pieces) for pieces, _ in found] == [1, 3]
-    assert np.allclose(found[0][1].nll(y), found[1][1].nll(y), atol=1e-6)
+        nll = draw_nll(network, likelihood, theta, torch.as_tensor(x), torch.as_tensor(y))
+        found.append((len(pieces), average.result().nll(y), nll))
+    (whole, *one), (parts, *other) = found
+    assert (whole, parts) == (1, 3)
+    for first, second in zip(one, other, strict=True):
+        assert np.allclose(first, second, atol=1e-6)
 
 
 def test_class_uncertainty_splits_into_mean_entropy_and_mutual_information():
@@ -115,6 +119,18 @@ def test_a_temperature_acts_on_the_average_and_not_on_its_draws(likelihood):
         assert (after.hit_draws is None) == (before.hit_draws is None)
         if after.hit_draws is not None:
             assert np.array_equal(after.hit_draws, np.asarray(before.hit_draws))
+
+
+def test_a_temperature_stays_finite_where_every_row_is_right():
+    p = np.tile([0.9, 0.1], (30, 1))
+    averaged = Averaged(1, np.zeros(30), np.zeros(30), probabilities=p)
+
+    def loss(log_scale: float) -> float:  # a normal prior of unit width on the logarithm, as half a nat in all
+        return 30 * np.log1p(np.exp(-np.log(9.0) * np.exp(-log_scale))) + log_scale**2 / 2
+
+    best = minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-8})
+    assert np.log(fit_scale(averaged, np.zeros(30, dtype=np.int64))) == pytest.approx(best.x, abs=1e-3)
+    assert best.x > -1.5
 
 
 def test_scale_of_a_mixture_finds_the_width_that_made_the_targets():

@@ -7,18 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from pipeline.build import load_problem
 from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
 from pipeline.executor import SerialExecutor
-from pipeline.plan import Shard
+from pipeline.plan import Shard, stream
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
 from pipeline.shard import run_shard
 from pipeline.stages.estimate import check_weights, estimate
 from pipeline.stages.pilot import run_pilot
 from pipeline.stages.sample import sample, settle_plan
+from pipeline.stages.scale import NOISES
 from pipeline.store import SampleStore
 
 SMALL = {
@@ -109,6 +111,26 @@ def test_the_noise_of_a_regression_is_near_its_true_one_without_a_setting(tmp_pa
     info = load_problem(run, 0).info
     assert info["prior_how"] == "noise by validation NLL"
     assert 0.1 < info["noise_std"] < 0.3
+
+
+def test_the_noise_of_a_linear_model_is_that_of_its_exact_evidence(tmp_path):
+    rng = stream(0, "test-evidence")
+    x = rng.normal(size=(40, 12))
+    np.savez(tmp_path / "line.npz", x=x, y=x @ rng.normal(size=12) + 0.8 * rng.normal(size=40))
+    data = {"source": f"npz:{tmp_path}/line.npz", "task": "regression"}  # too few validation rows to choose by
+    run = opened(tmp_path, data=data, model={"hidden": []}, prior={"precision": 2.0})
+    estimate(run, SerialExecutor(), LogProgress())
+    info, train = load_problem(run, 0).info, run.dataset.train
+    design = np.column_stack([np.asarray(train.x), np.ones(len(train.y))])
+    y, unit = np.asarray(train.y, dtype=float), float(np.std(train.y))
+    spread = [design @ design.T / 2.0 + (unit * share) ** 2 * np.eye(len(y)) for share in NOISES]
+    evidence = [stats.multivariate_normal(cov=c).logpdf(y) for c in spread]
+    best = int(np.argmax(evidence))
+    assert evidence[best] > max(evidence[:best] + evidence[best + 1 :]) + 0.01, "no tie"
+    occam = [np.linalg.slogdet(np.eye(13) + design.T @ design / (2 * (unit * s) ** 2))[1] / 2 for s in NOISES]
+    assert best != int(np.argmax(np.add(evidence, occam))), "the fit alone would choose another"
+    assert info["noise_std"] == pytest.approx(unit * NOISES[best])
+    assert info["prior_how"] == "noise by Laplace marginal likelihood"
 
 
 def test_weights_off_the_minimum_are_refused_with_the_distance_and_can_be_polished(tmp_path):

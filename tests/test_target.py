@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.bayes import curvature as curvature_module
 from pipeline.bayes import target as target_module
-from pipeline.bayes.curvature import measure
+from pipeline.bayes.curvature import measure, occam
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic
 from pipeline.bayes.minimise import certify, first_order, quasi_newton
 from pipeline.bayes.params import Network, ParameterLayout
@@ -170,12 +170,38 @@ def test_gamma_of_a_linear_model_is_its_trace():
     assert measure(potential, star, 2, stream(0, "test")).gamma == pytest.approx(float(expected), rel=1e-8)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_volume_of_the_evidence_is_a_log_determinant(dense, monkeypatch):
+    """Half of it is what a Laplace marginal likelihood subtracts: log det (I + H_data / alpha) / 2."""
+    monkeypatch.setattr(curvature_module, "DENSE_DIM", 10 if dense else 1)
+    potential = linear_regression(40, 8, alpha=3.0)
+    # Columns at right angles: of a diagonal matrix every vector of signs gives the exact trace, so that nothing is left
+    # to chance.
+    potential.x = torch.linalg.qr(potential.x)[0] * torch.logspace(1, -1, 8, dtype=torch.float64)
+    theta = quadratic_minimum(potential)
+    values = torch.linalg.eigvalsh(hessian(potential, theta)) / 3  # 1 + a
+    gamma, volume = occam(potential, theta, stream(0, "test"))
+    assert gamma == pytest.approx(float((1 - 1 / values).sum()), rel=1e-9)
+    assert volume == pytest.approx(float(values.log().sum()), rel=1e-9)
+
+
 def test_the_map_search_finds_the_minimum_and_certifies_what_is_left():
     potential = softmax_classifier(alpha=0.1)
     begun = first_order(potential, potential.network.theta(), 50, 0.01, 16, stream(0, "test"))
     far, near = certify(potential, begun), certify(potential, quasi_newton(potential, begun, 1e-6, 3000))
     assert near.grad_norm < 1e-6 and near.decrement < 1e-9
     assert far.decrement > 0.1 and far.potential > near.potential
+
+
+def test_a_first_order_step_on_a_minibatch_follows_the_gradient_of_all_rows(monkeypatch):
+    """By plain gradient descent in the place of Adam, which does not see by what a gradient is multiplied."""
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    potential = linear_regression(40, 6, alpha=3.0)
+    theta = torch.ones(6, dtype=torch.float64)
+    rows = torch.as_tensor(stream(0, "test").permutation(40)[:16])
+    gradient = potential.nll_gradient(theta[None], rows)[0][0] * 40 / 16 + 3.0 * theta
+    found = first_order(potential, theta, 1, 0.01, 16, stream(0, "test"))
+    assert torch.allclose(found, theta - 0.01 * gradient, rtol=1e-12)
 
 
 def test_the_decrement_of_a_quadratic_is_exact():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ from pipeline.bayes.walk import (
     advance,
     deflated_correction,
     init,
+    minibatch_gradient,
     plain_correction,
     set_anchor,
     tilt_vector,
@@ -97,6 +102,44 @@ def test_a_walk_is_free_inside_the_fiber_and_held_across_it(momentum):
     # Across: at most the balance (drift of a step) / (eta h).
     balance = free[:, ~flat].abs() / 1000 / (0.3 / values[-1] * values[~flat])
     assert (moved[:, ~flat].abs() <= 1.5 * balance + 1e-6).all()
+
+
+def test_a_minibatch_is_unbiased_and_exact_at_the_start():
+    potential = linear_regression(6, 3)
+    star = quadratic_minimum(potential) + 0.1  # the law holds wherever walks begin
+    points = star + torch.as_tensor(directions(4, 3))
+
+    class Turn:
+        """Gives every row once, one after the other."""
+
+        def __init__(self, row: int):
+            self.row = row
+
+        def choice(self, rows: int, size: int, *, replace: bool) -> np.ndarray:
+            assert (rows, size, replace) == (6, 1, False)
+            return np.array([self.row])
+
+    batch = minibatch_gradient(potential, star, 1, cast(Callable[[int], np.random.Generator], Turn))
+    parts = [batch(points, row) for row in range(6)]
+    exact, nll = potential.gradient(points)
+    assert torch.allclose(torch.stack([gradient for gradient, _ in parts]).mean(0), exact)
+    assert torch.allclose(torch.stack([value for _, value in parts]).mean(0), nll)
+    for row in range(6):
+        at_star, level = batch(star[None], row)
+        assert torch.allclose(at_star, potential.gradient(star[None])[0])
+        assert torch.allclose(level, potential.nll(star[None]))
+
+
+def test_outside_of_the_stiff_directions_the_certificate_sets_the_step():
+    potential = linear_regression(40, 12)
+    curvature = measure(potential, quadratic_minimum(potential), 4, stream(0, "test"))
+    last = float(curvature.values[-1])
+    for certified, rest in ((3 * last, 3 * last), (last / 3, last)):
+        displace = deflated_correction(dataclasses.replace(curvature, deflated_max=certified), 0.5)
+        assert torch.allclose(displace(curvature.vectors), curvature.vectors * (0.5 / curvature.values)[:, None])
+        other = torch.as_tensor(directions(3, 12))
+        other -= other @ curvature.vectors.T @ curvature.vectors
+        assert torch.allclose(displace(other), other * (0.5 / rest))
 
 
 class _Product(torch.nn.Module):

@@ -74,7 +74,7 @@ class WalkState:
     momentum: Tensor | None
     """(W, D)."""
     step_size: Tensor
-    """Share of the first step size, (W,), float64 on the CPU's side of the store."""
+    """Share of the first step size, (W,), float64."""
     drifts: Tensor
     """Steps that drifted, (W,); fewer than `step` where the guard paused the drift."""
     nll: Tensor

@@ -90,9 +90,9 @@ class SerialTeam:
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """One file of tensors and one of facts, the facts last."""
-        self._run.storage.replace(self._checkpoint, save(tensors))
-        digest = hashlib.sha256(save(tensors)).hexdigest()
-        self._run.storage.replace_json(f"{self._checkpoint}.json", facts | {"sha256": digest})
+        data = save(tensors)
+        self._run.storage.replace(self._checkpoint, data)
+        self._run.storage.replace_json(f"{self._checkpoint}.json", facts | {"sha256": hashlib.sha256(data).hexdigest()})
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last checkpoint whose two files belong together."""

@@ -10,6 +10,7 @@ import torch
 from pyarrow.fs import FileType
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.base import Deformation
 from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
@@ -104,8 +105,8 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
     return facts | {
         "walk_potential_rise": float(walk.mean()),
         "walk_potential_rise_99": level,
-        "potential_rise": _finite(float(rise.mean())),
-        "potential_rise_median": _finite(float(np.median(rise))),
+        "potential_rise": finite_or_none(float(rise.mean())),
+        "potential_rise_median": finite_or_none(float(np.median(rise))),
         "share_above_99": float((~(rise <= level)).mean()),
     }
 
@@ -164,7 +165,3 @@ def _line(facts: dict[str, Any]) -> str:
     if facts["draw_radius"] < facts["radius"]:
         rises += f", drawn at radius {facts['draw_radius']:.4g}"
     return (f"held-out error {error:.3f}, " if error is not None else "") + rises
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -237,6 +237,7 @@ def _facts(run: Run, store: SampleStore, paths: Paths, choice: dict[str, Any]) -
         "walk": {
             "walks": plan.walks,
             "starts": plan.starts,
+            "draws": len(paths.choose(run.config.evaluation.draws)),
             "diverged": int(paths.diverged.sum()),
             "halved": int(paths.halved.any(axis=1).sum()),
             "gradient_evaluations": plan.walks * plan.steps * plan.corrections,

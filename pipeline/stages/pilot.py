@@ -123,11 +123,11 @@ def _choose_tilted(run: Run, plan: WalkPlan, problem: Problem) -> Choice:
     tried = [(candidate, _endpoint_rise(run, candidate, problem)) for candidate in plans]
     best, _ = min(tried, key=lambda pair: abs(pair[1] - law) if math.isfinite(pair[1]) else math.inf)
     curve = [{"correction": c.correction, "radius": c.length, "potential_rise": finite_or_none(r)} for c, r in tried]
-    spent, steps = len(tried) * plan.steps * min(WALKS, plan.walks), plan.steps
+    spent, steps = len(tried) * plan.steps, plan.steps
     if run.config.walk.steps == "auto":
         steps, cost = _settle_steps(run, best, problem, best.length)
         spent += cost
-    rule = "mean rise of U nearest to D / 2"
+    rule, spent = "mean rise of U nearest to D / 2", spent * min(WALKS, plan.walks) * plan.corrections
     return Choice(best.correction, best.length, steps, best.guard_limit, best.length, rule, curve, spent)
 
 

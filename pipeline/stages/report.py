@@ -13,7 +13,19 @@ from pipeline.run import Run, stored_config
 from pipeline.stages import plots, plots_data
 from pipeline.stages.figures import read_figures
 from pipeline.stages.svg import Figure
-from pipeline.stages.table import ARROWS, OURS, against_best, gap, mark, metric_titles, number, ordered, title, verdict
+from pipeline.stages.table import (
+    ARROWS,
+    OURS,
+    against_best,
+    draws,
+    gap,
+    mark,
+    metric_titles,
+    number,
+    ordered,
+    title,
+    verdict,
+)
 from pipeline.storage import Storage
 
 REPORT = "report.html"
@@ -155,7 +167,7 @@ def render(page: dict[str, Any]) -> bytes:
     )  # fmt: skip
     evaluation = page["evaluation"]
     helpers = {"title": title, "number": number, "gap": gap, "mark": functools.partial(mark, evaluation)}
-    words = {"verdict": verdict(evaluation), "against": against_best(evaluation)}
+    words = {"verdict": verdict(evaluation), "against": against_best(evaluation), "draws": draws(evaluation)}
     columns = [(m, name, ARROWS.get(m, "↓")) for m, name in metric_titles(evaluation).items()]
     digest = hashlib.sha256(repr(sorted(evaluation["methods"].items())).encode()).hexdigest()[:12]
     template = environment.get_template("report.html.j2")

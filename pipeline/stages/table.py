@@ -109,11 +109,18 @@ def ordered(by_method: dict[str, Any]) -> dict[str, Any]:
     return {name: by_method[name] for name in names}
 
 
+def draws(evaluation: dict[str, Any]) -> str:
+    """How many draws a method averages: those that were asked for, and those of the walk where it had fewer."""
+    asked = evaluation["draws"]
+    had = evaluation["walk"].get("draws", asked)
+    return f"{asked} draws" if had == asked else f"{asked} draws ({had} of the walk, one of each)"
+
+
 def evaluation_table(evaluation: dict[str, Any]) -> Group:
     """The table for a terminal, with the verdict below it."""
     rows = evaluation["rows"]
     caption = (
-        f"{rows['test']} test rows, {evaluation['draws']} draws, radius {evaluation['radius']:.4g}; ± standard error. "
+        f"{rows['test']} test rows, {draws(evaluation)}, radius {evaluation['radius']:.4g}; ± standard error. "
         "Green and bold: better than every other, our own aside, beyond two standard errors; underlined: not told "
         "apart from the best."
     )

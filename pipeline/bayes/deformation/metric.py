@@ -1,10 +1,10 @@
 r"""The paper's family, as far as it is known: an autoencoder whose latent distance counts steps along the fiber.
 
 Encoder z = E(theta), decoder D(z), on offsets from theta* in units of their standard deviation. The loss is the
-squared error of the reconstruction + $(|z_t - z_{t+1}| - 1)^2$ for consecutive points of one walk $- \log(|z_i -
-z_j| + 10^{-6})$ across walks (Reichlin et al. 2025, arXiv 2512.01500, from summaries of it). A draw decodes a
-Gaussian fitted to the latent points at the chosen radius. Memory grows as D times the width of the layers: for
-small networks only.
+squared error of the reconstruction + $w (|z_t - z_{t+1}| - 1)^2$ for consecutive points of one walk $- w \log(|z_i -
+z_j| + 10^{-6})$ across walks (Reichlin et al. 2025, arXiv 2512.01500, from summaries of it; w = 0.01 is ours). A draw
+decodes a Gaussian fitted to the latent points at the chosen radius. Memory grows as D times the width of the layers:
+for small networks only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+
+WEIGHT = 0.01
+"""Of the latent distances, against the mean squared error of the reconstruction."""
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
@@ -55,7 +58,7 @@ def metric_loss(model: nn.Module, now: Tensor, after: Tensor) -> Tensor:
     rebuilt = (points - torch.cat([now, after])).square().mean()
     steps = ((first - second).norm(dim=1) - 1).square().mean()
     apart = -((first - first.roll(1, 0)).norm(dim=1) + 1e-6).log().mean() if len(first) > 1 else rebuilt * 0
-    return rebuilt + 0.01 * steps + 0.01 * apart
+    return rebuilt + WEIGHT * (steps + apart)
 
 
 class Metric:
