@@ -124,7 +124,7 @@ def test_the_noise_of_a_linear_model_is_that_of_its_exact_evidence(tmp_path):
     design = np.column_stack([np.asarray(train.x), np.ones(len(train.y))])
     y, unit = np.asarray(train.y, dtype=float), float(np.std(train.y))
     spread = [design @ design.T / 2.0 + (unit * share) ** 2 * np.eye(len(y)) for share in NOISES]
-    evidence = [stats.multivariate_normal(cov=c).logpdf(y) for c in spread]
+    evidence = [stats.multivariate_normal(cov=c).logpdf(y) for c in spread]  # pyright: ignore[reportArgumentType]
     best = int(np.argmax(evidence))
     assert evidence[best] > max(evidence[:best] + evidence[best + 1 :]) + 0.01, "no tie"
     occam = [np.linalg.slogdet(np.eye(13) + design.T @ design / (2 * (unit * s) ** 2))[1] / 2 for s in NOISES]
