@@ -88,6 +88,15 @@ def test_detection_agrees_with_scikit_learn(ties):
     assert scores["fpr95"].value == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-9)
 
 
+def test_rows_without_a_known_uncertainty_are_not_ranked():
+    inside = np.linspace(0, 1, 20)
+    whole, broken = (
+        metrics.detection_scores(inside, np.array([0.5, last]), stream(0, "b"))["auroc"] for last in (0.9, np.nan)
+    )
+    assert whole.value > 0.5 and broken.to_json() == {"value": None, "se": None}
+    assert metrics.compare(whole, broken, "auroc") == {"value": None, "se": None, "verdict": "undecided"}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_mixture_density_and_quantiles_agree_with_scipy(seed):
     mean, variance, y = random_mixture(seed)

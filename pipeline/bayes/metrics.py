@@ -182,7 +182,8 @@ def detection_scores(
 
     ``auroc``: chance that an outside row is more uncertain than an inside one, ties counting half. ``fpr95``: share of
     outside rows that pass as inside at the smallest threshold that accepts 95 % of the inside rows (Liang et al. 2018).
-    Both samples are resampled, so the standard error covers both.
+    Both samples are resampled, so the standard error covers both. Rows of no known uncertainty (NaN) cannot be ranked:
+    then both are NaN.
 
     Args:
         inside: Uncertainty of test rows, shape (n,).
@@ -190,10 +191,12 @@ def detection_scores(
         rng: Stream of the resamples; the same stream for every method makes comparisons paired.
         resamples: Bootstrap resamples; above ten million drawn rows fewer, never fewer than 200.
     """
+    resamples = min(resamples, max(200, 10_000_000 // (len(inside) + len(outside))))
+    if np.isnan(inside).any() or np.isnan(outside).any():
+        return {name: Score(np.nan, np.nan, replicates=np.full(resamples, np.nan)) for name in ("auroc", "fpr95")}
     scores, inverse = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     places = (inverse[: len(inside)], inverse[len(inside) :])
     value = _detection(*(np.bincount(place, minlength=len(scores)) for place in places))
-    resamples = min(resamples, max(200, 10_000_000 // len(inverse)))
     drawn = np.empty((resamples, 2))
     for line in drawn:
         chosen = (place[rng.integers(0, len(place), size=len(place))] for place in places)

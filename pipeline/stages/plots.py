@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.bayes.metrics import BINS, confidence_and_hit, equal_width_bins, selective_curve
 from pipeline.stages.svg import INK, METHOD_COLOURS, MUTED, SERIES, Figure, drawing
-from pipeline.stages.table import OURS, title
+from pipeline.stages.table import OURS, number, title
 
 Arrays = dict[str, np.ndarray]
 
@@ -164,7 +164,7 @@ def selective_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | Non
             wrong = (p.argmax(axis=1) != y).astype(float)
             total = arrays[f"test/{name}/aleatoric"] + arrays[f"test/{name}/epistemic"]
             share, error = selective_curve(total, wrong)
-            keep = share >= min(0.05, 1.0)
+            keep = share >= 0.05
             colour = METHOD_COLOURS.get(name, MUTED)
             thick = {"linewidth": 1.8, "zorder": 3} if name in OURS else {"linewidth": 0.9, "alpha": 0.85}
             axes.plot(share[keep], error[keep], color=colour, label=title(name), **thick)
@@ -182,7 +182,7 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
     names = [n for n in ("walk", "map", "ensemble") if f"test/{n}/aleatoric" in arrays]
     if not names:
         return None
-    words = [f"{k}: AUROC {v['walk']['auroc']['value']:.3f}" for k, v in evaluation["ood"].items() if "walk" in v]
+    words = [f"{k}: AUROC {number(v['walk']['auroc'])}" for k, v in evaluation["ood"].items() if "walk" in v]
     alt = "Histograms of predictive uncertainty on test rows and out-of-distribution rows. " + "; ".join(words)
     unit = "entropy, nats" if "test/walk/probabilities" in arrays else "predictive standard deviation"
     with drawing("uncertainty", alt, len(names), size=(4.7, 0.5 + 1.35 * len(names))) as canvas:
@@ -193,8 +193,8 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
         bottom, top = (0.0, max(top, 1e-9)) if top > 2 * bottom else (0.9 * bottom, 1.1 * top)
         for axes, name in zip(canvas.axes[:, 0], names, strict=True):
             values = spreads[name]
-            for number, (place, value) in enumerate(values.items()):
-                colour = SERIES[0] if place == "test" else SERIES[1 + number % 6]
+            for position, (place, value) in enumerate(values.items()):
+                colour = SERIES[0] if place == "test" else SERIES[1 + position % 6]
                 label = "test rows" if place == "test" else place.removeprefix("ood/")
                 shade: dict[str, Any] = {"color": colour, "alpha": 0.35, "edgecolor": colour, "histtype": "stepfilled"}
                 axes.hist(np.minimum(value, top), bins=np.linspace(bottom, top, 36), density=True, label=label, **shade)
@@ -212,4 +212,5 @@ def uncertainty_figure(evaluation: dict[str, Any], arrays: Arrays) -> Figure | N
 
 def _spread(arrays: Arrays, place: str, name: str) -> np.ndarray:
     total = arrays[f"{place}/{name}/aleatoric"] + arrays[f"{place}/{name}/epistemic"]
+    total = total[np.isfinite(total)]  # rows from far away may have none
     return total if f"{place}/{name}/probabilities" in arrays else np.sqrt(total)

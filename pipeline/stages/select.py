@@ -39,8 +39,9 @@ def select(run: Run, report: Progress) -> None:
     Classification with validation rows takes the left end of the plateau around the best model-averaged validation NLL
     (see `left_of_plateau`); regression, or no validation rows, the largest radius at which the mean rise of the summed
     training NLL over that of the MAP estimate stays below half the effective number of parameters, and at which the
-    validation NLL is not worse than its best by more than a standard error. Tilted walks count at their end. The
-    choice is for `evaluation.draws` draws. See `noise_factor` for the noise.
+    validation NLL is not worse than its best by more than a standard error; the first one where the rise is above that
+    at every radius. Tilted walks count at their end. The choice is for `evaluation.draws` draws. See `noise_factor` for
+    the noise.
 
     Raises:
         RunError: No block is committed, or every walk diverged.
