@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.curvature import measure
+from pipeline.bayes.kernels import nll_gradient
 from pipeline.bayes.walk import (
     WalkKernel,
     advance,
@@ -250,6 +251,8 @@ def test_a_walk_that_jumps_goes_back_to_its_record_and_one_that_cannot_be_saved_
 def tilted_endpoints(walks: int, tilt_scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Endpoints of tilted walks on a linear-Gaussian model, and the exact posterior covariance."""
     potential = linear_regression(30, 5, alpha=2.0)
+    parts = potential.network, potential.likelihood, potential.x, potential.y
+    potential.nll_gradient = nll_gradient(*parts, form="batched")  # all walks in one pass
     star = quadratic_minimum(potential)
     h = hessian(potential, star)
     rng = stream(0, "tilt-test")
