@@ -8,6 +8,7 @@ Linearised: they go through its first-order expansion at theta* (Immer et al. 20
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,9 @@ def jacobians(network: Network, theta: Tensor, x: Tree) -> Iterator[tuple[Tensor
 
     try:
         jacobian_of = by_rows
-        by_rows(theta, slice_rows(x, 0, 1))
+        with warnings.catch_warnings():  # torch warns where it falls back to a loop, which has a faster way below
+            warnings.filterwarnings("error", message="There is a performance drop")
+            by_rows(theta, slice_rows(x, 0, 1))
     except Exception as error:  # noqa: BLE001 - recurrent layers have no batching rule, user code may lack any
         log.info("Jacobians one by one: torch.func refuses the network (%s).", type(error).__name__)
         jacobian_of = partial(plain.jacobian, network)
