@@ -201,7 +201,7 @@ def test_a_finished_fit_is_left_alone_and_other_blocks_are_learned_anew(iris: Ru
 @pytest.mark.parametrize("stage_of_death", ["chain", "remainder"])
 def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Path, stage_of_death: str) -> None:
     run = moved(iris, tmp_path)
-    job = FitJob(0, summary(run)["radius"], summary(run)["trained_on"])
+    job = FitJob(0, summary(run)["learned_to"], summary(run)["trained_on"])
     run.storage.delete(job.weights)
 
     class Killed(Exception):

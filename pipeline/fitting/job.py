@@ -22,7 +22,7 @@ class FitJob:
 
     start: int
     radius: float
-    """The selected radius."""
+    """Up to which it learns: the selected one, or a smaller one that draws can reach."""
     digest: str
     """Of the blocks to learn from."""
 
@@ -34,7 +34,7 @@ class FitJob:
     @property
     def scratch(self) -> str:
         """Folder of checkpoints below the run, gone after success."""
-        return f"{FOLDER}/train/{self.digest[:12]}-start{self.start}"
+        return f"{FOLDER}/train/{self.digest[:12]}-radius{self.radius:.6g}-start{self.start}"
 
 
 def weights_path(start: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ from pipeline.store import SampleStore
 __all__ = ["deform", "load_deformation", "train_in_process"]
 log = logging.getLogger("fiberwalk")
 SUMMARY = f"{FOLDER}/deformation.json"
+NEARER = f"{FOLDER}/nearer.json"
+NEAR = 0.5
+"""Where draws reach a smaller share of the selected radius, the model learns again, up to the geometric mean of both:
+what it learned further out was of no use, and its remainder helps only near the radius up to which it learned."""
 JUDGED = 128
 """Draws a start whose potential is measured."""
 
@@ -43,31 +48,61 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     store = SampleStore.open(run.storage)
     digest = store.digest()
     choice = run.storage.read_json("radius.json")
-    jobs = [FitJob(start, float(choice["radius"]), digest) for start in range(store.plan.starts)]
+    selected = float(choice["radius"])
+    jobs = _jobs(run, store, digest, selected)
     if run.storage.exists(SUMMARY):
         if run.storage.read_json(SUMMARY)["trained_on"] != digest:
             report.note("The blocks have changed since the deformation was fitted: fitting it again.")
         elif all(fitted(run, job) for job in jobs):
             return
     check_memory(run, store.plan.dim)
+    _fit(run, trainer, report, jobs)
+    tuned: dict[str, Any] = {"draw_radius": selected}
+    if settings.kind != "gaussian":
+        tuned = _tune(run, store, jobs, choice)
+        if jobs[0].radius == selected and tuned["draw_radius"] < NEAR * selected:
+            nearer = math.sqrt(selected * tuned["draw_radius"])
+            report.note(
+                f"Draws follow the walks to radius {tuned['draw_radius']:.4g}: learning again, to {nearer:.4g}."
+            )
+            run.storage.replace_json(NEARER, {"trained_on": digest, "selected": selected, "radius": nearer})
+            jobs = _jobs(run, store, digest, selected)
+            _fit(run, trainer, report, jobs)
+            tuned = _tune(run, store, jobs, choice)
+    found = []
+    for job in jobs:
+        facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
+        run.storage.replace_json(facts_path(job.start), facts)
+        found.append(judge(run, store, job.start, facts))
+    summary = summarise(run, selected, digest, found) | {"learned_to": jobs[0].radius} | tuned
+    run.storage.replace_json(SUMMARY, summary)
+    report.note(f"Deformation: {_line(summary)}")
+
+
+def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[FitJob]:
+    """A fit for each start, up to the selected radius or to the nearer one that was found for it before."""
+    radius = selected
+    if run.storage.exists(NEARER):
+        nearer = run.storage.read_json(NEARER)
+        if nearer["trained_on"] == digest and nearer["selected"] == selected:
+            radius = float(nearer["radius"])
+    return [FitJob(start, radius, digest) for start in range(store.plan.starts)]
+
+
+def _fit(run: Run, trainer: Trainer, report: Progress, jobs: list[FitJob]) -> None:
+    """Fit what is not fitted."""
     with report.bar("Deformation", len(jobs)) as bar:
         for job in jobs:
             if not fitted(run, job):
                 trainer(run, job)
             _remove_scratch(run, job)
             bar.advance(1, f"start {job.start}")
-    tuned: dict[str, Any] = {"draw_radius": float(choice["radius"])}
-    if settings.kind != "gaussian":
-        models = [load_deformation(run, job.start) for job in jobs]
-        tuned = choose_draw_radius(run, store.plan, models, choice)
-    found = []
-    for job in jobs:
-        facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
-        run.storage.replace_json(facts_path(job.start), facts)
-        found.append(judge(run, store, job.start, facts))
-    summary = summarise(run, float(choice["radius"]), digest, found) | tuned
-    run.storage.replace_json(SUMMARY, summary)
-    report.note(f"Deformation: {_line(summary)}")
+
+
+def _tune(run: Run, store: SampleStore, jobs: list[FitJob], choice: dict[str, Any]) -> dict[str, Any]:
+    """How far out to draw, at most up to where the models have learned."""
+    models = [load_deformation(run, job.start) for job in jobs]
+    return choose_draw_radius(run, store.plan, models, choice | {"radius": jobs[0].radius})
 
 
 def fitted(run: Run, job: FitJob) -> bool:
