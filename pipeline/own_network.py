@@ -153,10 +153,19 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
                 return True
         return False
 
+    def moves(part: Tensor) -> bool:
+        along = torch.zeros_like(theta)
+        along[part] = 1e-6 * direction[part]
+        with torch.no_grad(), off_stdout():
+            change = network.outputs(theta + along, x) - network.outputs(theta - along, x)
+        return float(change.abs().max()) > 1e-10 * largest
+
     bounds = torch.arange(len(theta), device=theta.device)
-    if not agrees(bounds):
-        parts = zip(network.layout.names, bounds.split(network.layout.sizes), strict=True)
-        names = [name for name, part in parts if not agrees(part)] or ["its parameters"]
+    parts = list(zip(network.layout.names, bounds.split(network.layout.sizes), strict=True))
+    # A small parameter without any gradient is lost in the sum over all.
+    names = [name for name, part in parts if not slope[part].any() and moves(part)]
+    if names or not agrees(bounds):
+        names = names or [name for name, part in parts if not agrees(part)] or ["its parameters"]
         raise InputError(
             f"model.architecture: {architecture}: its outputs change with {few(names, 4)} in another way than their "
             "gradient says, so that a walk could not be held on the fiber. Something in forward is detached "

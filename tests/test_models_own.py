@@ -309,3 +309,14 @@ class TestOwnNetworks:
         assert parse_chain(network, 39) is not None
         network[1].forward = torch.sin
         assert parse_chain(network, 39) is None
+
+    def test_a_small_parameter_without_its_gradient_is_named(self) -> None:
+        module = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+        module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+
+        def scaled(net: Any, args: Any, output: Any) -> Any:
+            return output * (1 + net.scale.item() / 1e4)
+
+        module.register_forward_hook(scaled)
+        with pytest.raises(InputError, match="change with scale in another way"):
+            check_gradient(Network(module, dtype=torch.float64), "python:a:b", torch.ones(4, 5).numpy())

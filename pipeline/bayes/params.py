@@ -180,9 +180,11 @@ class Network:
             def loss(t: Tensor) -> Tensor:
                 return self.outputs(t, few).square().sum()
 
-            both = torch.stack([theta, theta])
+            both = theta.expand(3, -1).clone()  # not as many as rows, which would hide that torch confuses the two
             try:
                 vmap(lambda v: jvp(grad(loss), (theta,), (v,))[1], randomness="error")(both)
+                outputs, pull = vjp(lambda t: self.outputs(t, few), theta)  # pyright: ignore[reportAssignmentType]
+                vmap(lambda c: pull(c)[0])(outputs.expand(3, *outputs.shape).clone())
                 self._inside = not self._vmaps(both, few)
                 self._vmapped(both, few)
                 self._batches = True
