@@ -127,28 +127,15 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
     theta = network.theta()
     theta = theta + 1e-3 * torch.randn(theta.shape, generator=generator).to(theta)
     direction = torch.randn(theta.shape, generator=generator).to(theta)
-    leaf = theta.clone().requires_grad_(True)
-    try:
-        with torch.enable_grad(), off_stdout():
-            outputs = network.outputs(leaf, x)
-            weights = torch.randn(outputs.shape, generator=generator).to(theta)
-            slope = torch.autograd.grad((outputs * weights).sum(), leaf)[0] * direction
-    except RuntimeError as error:
-        why = cause(error)
-        if isinstance(error, CheckpointError):  # its words are a page long, and about something else
-            why = "it uses gradient checkpointing (torch.utils.checkpoint). Turn that off; it changes no output"
-        raise InputError(
-            f"model.architecture: {architecture} cannot be differentiated by its parameters: {why}"
-        ) from error
+    outputs, weights, gradient = _pull_back(network, architecture, theta, x, generator)
+    slope = gradient * direction
     largest = float(outputs.detach().abs().max())
 
     def agrees(part: Tensor) -> bool:
         expected, along = float(slope[part].sum()), torch.zeros_like(theta)
         along[part] = direction[part]
         for step, tolerance in ((1e-6, 0.01), (1e-3, 0.1)):  # the second for what rounds to single precision
-            with torch.no_grad(), off_stdout():
-                ahead, behind = (network.outputs(theta + sign * step * along, x) for sign in (1, -1))
-            found = float(((ahead - behind) * weights).sum()) / (2 * step)
+            found = float((_change(network, theta, step * along, x) * weights).sum()) / (2 * step)
             if abs(found - expected) <= tolerance * max(abs(found), abs(expected)) + 1e-7 * largest:
                 return True
         return False
@@ -156,9 +143,7 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
     def moves(part: Tensor) -> bool:
         along = torch.zeros_like(theta)
         along[part] = 1e-6 * direction[part]
-        with torch.no_grad(), off_stdout():
-            change = network.outputs(theta + along, x) - network.outputs(theta - along, x)
-        return float(change.abs().max()) > 1e-10 * largest
+        return float(_change(network, theta, along, x).abs().max()) > 1e-10 * largest
 
     bounds = torch.arange(len(theta), device=theta.device)
     parts = list(zip(network.layout.names, bounds.split(network.layout.sizes), strict=True))
@@ -172,6 +157,31 @@ def check_gradient(network: Network, architecture: str, x: Any) -> None:
             "(torch.no_grad, .detach(), .item(), numpy) or has a gradient that is not its own; let the gradient pass, "
             "or leave these parameters out with model.parameters"
         )
+
+
+def _pull_back(
+    network: Network, architecture: str, theta: Tensor, x: Any, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, random weights of them, and the gradient of the weighted sum, (D,). Raises InputError."""
+    leaf = theta.clone().requires_grad_(True)
+    try:
+        with torch.enable_grad(), off_stdout():
+            outputs = network.outputs(leaf, x)
+            weights = torch.randn(outputs.shape, generator=generator).to(theta)
+            return outputs, weights, torch.autograd.grad((outputs * weights).sum(), leaf)[0]
+    except RuntimeError as error:
+        why = cause(error)
+        if isinstance(error, CheckpointError):  # its words are a page long, and about something else
+            why = "it uses gradient checkpointing (torch.utils.checkpoint). Turn that off; it changes no output"
+        raise InputError(
+            f"model.architecture: {architecture} cannot be differentiated by its parameters: {why}"
+        ) from error
+
+
+def _change(network: Network, theta: Tensor, along: Tensor, x: Any) -> Tensor:
+    """Outputs a step ahead less those a step behind."""
+    with torch.no_grad(), off_stdout():
+        return network.outputs(theta + along, x) - network.outputs(theta - along, x)
 
 
 def _check_layers(module: nn.Module, where: str) -> None:

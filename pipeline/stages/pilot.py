@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
 from pipeline.bayes.trees import to_tensors
-from pipeline.bayes.walk import advance, init, secure, set_anchor
+from pipeline.bayes.walk import WalkKernel, WalkState, advance, init, secure, set_anchor
 from pipeline.build import Problem, load_problem, targets
 from pipeline.plan import Shard, WalkPlan
 from pipeline.run import Run
@@ -105,9 +105,14 @@ def _candidates(run: Run, plan: WalkPlan, problem: Problem) -> list[WalkPlan]:
     """Corrections to compare: with validation rows the pilot decides among those that won on some data set."""
     if run.config.walk.correction != "auto" or not uses_validation(run):
         return [plan]
-    names = [name for name in CANDIDATES if not name.startswith("deflated") or len(problem.curvature.values)]
-    whole = dataclasses.replace(plan, rank=len(problem.curvature.values))
-    return [whole.with_correction(name) for name in names]
+    return _with_corrections(plan, problem, CANDIDATES)
+
+
+def _with_corrections(plan: WalkPlan, problem: Problem, names: tuple[str, ...]) -> list[WalkPlan]:
+    """The same walk with each of these corrections that the curvature at hand allows."""
+    known = len(problem.curvature.values)
+    whole = dataclasses.replace(plan, rank=known)
+    return [whole.with_correction(name) for name in names if known or not name.startswith("deflated")]
 
 
 def _choose_tilted(run: Run, plan: WalkPlan, problem: Problem) -> Choice:
@@ -116,10 +121,8 @@ def _choose_tilted(run: Run, plan: WalkPlan, problem: Problem) -> Choice:
     Validation rows do not decide here: they prefer draws that are sharper or wider than the posterior. Momentum, which
     is best on ill-conditioned linear models, moves too far along the directions of a network that are flat at theta*.
     """
-    free, names = run.config.walk.correction == "auto", [name for name in TILTED if "deflated" not in name]
-    names = list(TILTED) if len(problem.curvature.values) else names
-    whole, law = dataclasses.replace(plan, rank=len(problem.curvature.values)), plan.dim / 2
-    plans = [whole.with_correction(name) for name in names] if free else [plan]
+    free, law = run.config.walk.correction == "auto", plan.dim / 2
+    plans = _with_corrections(plan, problem, TILTED) if free else [plan]
     tried = [(candidate, _endpoint_rise(run, candidate, problem)) for candidate in plans]
     best, _ = min(tried, key=lambda pair: abs(pair[1] - law) if math.isfinite(pair[1]) else math.inf)
     curve = [{"correction": c.correction, "radius": c.length, "potential_rise": finite_or_none(r)} for c, r in tried]
@@ -135,11 +138,8 @@ def _endpoint_rise(run: Run, plan: WalkPlan, problem: Problem) -> float:
     """Mean rise of U at the end of a few walks, in nats; infinite where all diverged."""
     kernel = build_kernel(run, plan, problem, Shard(0, 0, 0, min(WALKS, plan.walks)))
     state = init(kernel)
-    for step in range(1, plan.steps + 1):
-        advance(kernel, state)
-        if step % max(plan.steps // RECORDS, 1) == 0 or step == plan.steps:
-            secure(state, state.nll)
-            set_anchor(state, state.nll)
+    for _ in _records(kernel, state):
+        pass
     sound = state.position[~state.diverged]
     if not len(sound):
         return math.inf
@@ -262,26 +262,34 @@ def _curve(
     shard = Shard(0, 0, 0, min(WALKS, plan.walks))
     kernel = build_kernel(run, plan, problem, shard)
     state = init(kernel)
-    every = max(plan.steps // RECORDS, 1)
     x = to_tensors(run.dataset.validation.x, problem.network.dtype, problem.network.device)
     y = targets(run.dataset.validation, problem.network)
     curve: list[dict[str, Any]] = []
-    for step in range(1, plan.steps + 1):
+    for full in _records(kernel, state):
+        if not full:
+            break
+        sound = state.position[~state.diverged]
+        curve.append(
+            {
+                "radius": float(state.drifts.double().mean()) * plan.length / plan.steps,
+                "nll_rise": float(state.nll.median()) - kernel.nll_star,
+                "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else None,
+            }
+        )
+        if enough is not None and enough(curve):
+            break
+    return curve
+
+
+def _records(kernel: WalkKernel, state: WalkState) -> Iterator[bool]:
+    """Walk, with about `RECORDS` points to go back to; yields at each, false where a shorter last stretch ends."""
+    every = max(kernel.steps // RECORDS, 1)
+    for step in range(1, kernel.steps + 1):
         advance(kernel, state)
-        if step % every == 0:
+        if step % every == 0 or step == kernel.steps:
             secure(state, state.nll)
             set_anchor(state, state.nll)
-            sound = state.position[~state.diverged]
-            curve.append(
-                {
-                    "radius": float(state.drifts.double().mean()) * plan.length / plan.steps,
-                    "nll_rise": float(state.nll.median()) - kernel.nll_star,
-                    "validation_nll": _validation_nll(problem, sound, x, y) if len(y) and len(sound) else None,
-                }
-            )
-            if enough is not None and enough(curve):
-                break
-    return curve
+            yield step % every == 0
 
 
 def _validation_nll(problem: Problem, theta: Tensor, x: Any, y: Tensor) -> float | None:
