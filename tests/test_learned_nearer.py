@@ -14,6 +14,7 @@ from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages import deform as stage
+from pipeline.stages.check_results import Results
 from tests.runs import moved
 from tests.test_deformation_runs import IRIS, chosen
 
@@ -61,6 +62,9 @@ def test_it_learns_again_where_draws_fall_far_short_and_goes_on_after_a_kill(
     assert Posterior(run).radius == pytest.approx(nearer if again else share * selected)
     stage.deform(run, trainer, LogProgress())
     assert len(fits) == (4 if again else 2), "a finished one is left alone"
+    if again:
+        run.storage.replace(stage.NEARER, run.storage.read(stage.NEARER).replace(b'"radius"', b'"radios"'))
+        assert ("damaged", stage.NEARER) in [wrong[:2] for wrong in Results(run.storage).wrong], "or nobody mends it"
 
 
 def test_what_was_found_for_other_blocks_does_not_count(walks: Run, tmp_path: Path) -> None:

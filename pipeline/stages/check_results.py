@@ -36,6 +36,7 @@ class Results:
         self.evaluation = self._document("evaluation.json")
         self.radius = self._document("radius.json")
         self.deformation = self._document("deformation/deformation.json")
+        self._document("deformation/nearer.json")
         for start in range(self.starts):
             self._files(f"map/start={start}/map.json", f"map/start={start}/")
             self._weights(start)
