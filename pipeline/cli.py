@@ -51,8 +51,8 @@ def run(
     from pipeline.config import load_config
     from pipeline.main_job import execute, finished, in_this_process, show_result
     from pipeline.run import claim, prepare
+    from pipeline.stages.check_weights import check_weights
     from pipeline.stages.cost import estimate_cost, refuse_what_does_not_fit
-    from pipeline.stages.estimate import check_weights
     from pipeline.terminal import shown_progress
 
     job = prepare(load_config(config, _with_places(overrides, storage, address)))

@@ -17,7 +17,8 @@ from pipeline.plan import Shard, stream
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
 from pipeline.shard import run_shard
-from pipeline.stages.estimate import check_weights, estimate
+from pipeline.stages.check_weights import check_weights
+from pipeline.stages.estimate import estimate
 from pipeline.stages.pilot import run_pilot
 from pipeline.stages.sample import sample, settle_plan
 from pipeline.stages.scale import NOISES

@@ -132,6 +132,11 @@ def certify(potential: Potential, theta: Tensor) -> Minimum:
     return Minimum(theta, value + prior, value, float(gradient[0].norm()), decrement)
 
 
+def allowed_fall(tolerance: float, gamma: float) -> float:
+    """Nats by which U may still fall at a minimum: by default a hundredth of gamma; posterior draws rise gamma / 2."""
+    return tolerance * max(1.0, 10 * gamma)
+
+
 def newton_decrement(product: Callable[[Tensor], Tensor], gradient: Tensor, steps: int) -> float:
     """g' G^-1 g / 2 by conjugate gradients; grows towards its value, so few steps give a lower bound. In nats."""
     solution, residual = torch.zeros_like(gradient), gradient.clone()

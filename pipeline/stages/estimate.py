@@ -14,20 +14,20 @@ from torch import Tensor
 
 from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.curvature import Curvature, measure, occam
-from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, certify, first_order, quasi_newton
+from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, allowed_fall, certify, first_order, quasi_newton
 from pipeline.bayes.params import Network
-from pipeline.bayes.target import DIFFERENCED, Potential, prior_precision
+from pipeline.bayes.target import DIFFERENCED, Potential
 from pipeline.build import DTYPES, MAP_FILES, WIDE, build_network, build_potential, curvature_bytes, start_folder
 from pipeline.config import likelihood_kind
-from pipeline.errors import InputError, RunError
+from pipeline.errors import RunError
 from pipeline.executor import Executor
-from pipeline.own_network import check_gradient, check_rows
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.scale_free import scale_free, scale_note, shrinkage
+from pipeline.stages.check_weights import say_duration
 from pipeline.stages.constant import collapse_note
-from pipeline.stages.scale import Scale, choose_scale, noise_of, target_std
+from pipeline.stages.scale import Scale, choose_scale, target_std
 
 QUASI_NEWTON_STEPS = 3000
 """Of L-BFGS at most; an eighth of it while noise or prior are being chosen, and for potentials that are slow."""
@@ -39,9 +39,9 @@ POLISHING = 16
 """Rounds of small first-order steps and L-BFGS, at most, for a network with kinks, where L-BFGS alone gets stuck."""
 RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 """Their learning rates relative to `map.learning_rate`, in turns."""
-BATCH_ABOVE = 1500
-"""With `map.batch_size: full`, first-order steps still take minibatches of `BATCH` above this many rows."""
-BATCH = 500
+BATCHES = {"plain": (1500, 500), "general": (250, 125)}
+"""With `map.batch_size: full`, first-order steps still take minibatches above so many rows, of so many. A network that
+is no plain chain of layers has gradients that take a time in proportion to the rows, from the first one on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ def estimate(run: Run, executor: Executor, progress: Progress) -> None:
     missing = [k for k in range(run.config.map.starts) if not _estimated(run, k)]
     if not missing:
         return
+    say_duration(run, progress)
     with progress.bar("MAP estimate", run.config.map.starts, run.config.map.starts - len(missing)) as bar:
         if missing[0] == 0:
             _run_starts(run, executor, progress, bar, [Settings(0)])
@@ -127,47 +128,6 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
     yield info
 
 
-def check_weights(run: Run) -> None:
-    """Build the network once, and refuse weights that are not at a minimum, before anything is written.
-
-    Raises:
-        InputError: The network or its prior cannot be built, or how far off the weights are and the settings that help.
-    """
-    network = build_network(run.config, run.dataset.schema, 0, torch.float64)
-    _try_rows(run, network)
-    if run.config.prior.precision != "auto":
-        prior_precision(network.layout, run.config.prior.precision, network.dtype)
-    if run.config.model.weights is None or run.config.map.polish:
-        return
-    if network.dim > WIDE:
-        network = network.in_dtype(torch.float32)
-    precision = run.config.prior.precision
-    if precision == "auto":
-        raise InputError(
-            "prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it."
-        )
-    theta = network.theta()
-    noise = noise_of(run, network, theta) if likelihood_kind(run.config) == "gaussian" else None
-    minimum = certify(build_potential(run, network, noise, precision), theta)
-    allowed = allowed_fall(run.config.map.tolerance, min(network.dim, len(run.dataset.train.y)))
-    if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:
-        raise InputError(
-            f"model.weights {run.config.model.weights} are not at a minimum of U: gradient norm "
-            f"{minimum.grad_norm:.3g} (map.tolerance {run.config.map.tolerance:g}), and U can still fall by "
-            f"about {minimum.decrement:.3g} nats (allowed {allowed:.3g}). Set map.polish: true to go on to "
-            "the minimum, or state the prior.precision and likelihood that they were trained with."
-        )
-
-
-def _try_rows(run: Run, network: Network) -> None:
-    """Let a user's own network meet rows of every split, before anything is written."""
-    data = run.dataset
-    splits = {"training": data.train.x, "validation": data.validation.x, "test": data.test.x}
-    for name, x in (splits | data.ood).items():
-        check_rows(network, run.config.model.architecture, x, name)
-    check_gradient(network, run.config.model.architecture, data.train.x)
-
-
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
     """Minimise U, and before it choose noise and prior where the configuration leaves them open."""
     config = run.config
@@ -187,7 +147,8 @@ def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Min
 
 def _first_steps(run: Run, potential: Potential, theta: Tensor, start: int) -> Tensor:
     settings, rows = run.config.map, potential.rows
-    batch = settings.batch_size if settings.batch_size != "full" else (BATCH if rows > BATCH_ABOVE else 0)
+    above, some = BATCHES["plain" if parse_chain(potential.network.module, theta.numel()) else "general"]
+    batch = settings.batch_size if settings.batch_size != "full" else (some if rows > above else 0)
     rng = stream(run.config.seed, "map", start)
     return first_order(potential, theta, settings.steps, settings.learning_rate, batch, rng)
 
@@ -228,11 +189,6 @@ def _descend(run: Run, potential: Potential, theta: Tensor, last: bool) -> Minim
         else:
             best = dataclasses.replace(best, last_fall=0.0)
     return best
-
-
-def allowed_fall(tolerance: float, gamma: float) -> float:
-    """Nats by which U may still fall at a minimum: by default a hundredth of gamma; posterior draws rise gamma / 2."""
-    return tolerance * max(1.0, 10 * gamma)
 
 
 def _certified(minimum: Minimum, tolerance: float, gamma: float) -> bool:
