@@ -15,6 +15,8 @@ from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages import deform as stage
 from pipeline.stages.check_results import Results
+from pipeline.stages.learned_radius import NEARER, learned_radius, next_radius
+from pipeline.store import SampleStore
 from tests.runs import moved
 from tests.test_deformation_runs import IRIS, chosen
 
@@ -63,15 +65,15 @@ def test_it_learns_again_where_draws_fall_far_short_and_goes_on_after_a_kill(
     stage.deform(run, trainer, LogProgress())
     assert len(fits) == (4 if again else 2), "a finished one is left alone"
     if again:
-        run.storage.replace(stage.NEARER, run.storage.read(stage.NEARER).replace(b'"radius"', b'"radios"'))
-        assert ("damaged", stage.NEARER) in [wrong[:2] for wrong in Results(run.storage).wrong], "or nobody mends it"
+        run.storage.replace(NEARER, run.storage.read(NEARER).replace(b'"radius"', b'"radios"'))
+        assert ("damaged", NEARER) in [wrong[:2] for wrong in Results(run.storage).wrong], "or nobody mends it"
 
 
 def test_what_was_found_for_other_blocks_does_not_count(walks: Run, tmp_path: Path) -> None:
     run = moved(walks, tmp_path)
     shutil.rmtree(f"{run.uri}/deformation", ignore_errors=True)
     selected = float(run.storage.read_json("radius.json")["radius"])
-    run.storage.replace_json(stage.NEARER, {"trained_on": "others", "selected": selected, "radius": selected / 4})
+    run.storage.replace_json(NEARER, {"trained_on": "others", "selected": selected, "radius": selected / 4})
     fits: list[float] = []
 
     def trainer(run: Run, job: FitJob) -> None:
@@ -80,3 +82,35 @@ def test_what_was_found_for_other_blocks_does_not_count(walks: Run, tmp_path: Pa
 
     stage.deform(run, trainer, LogProgress())
     assert fits[:2] == [selected, selected]
+
+
+@pytest.mark.parametrize(
+    ("scores", "radii"),
+    [
+        ((0.30,), (8.0,)),  # as good as the walks, whose validation NLL is .30
+        ((0.40, 0.30), (8.0, 4.0)),
+        ((0.40, 0.35, 0.32), (8.0, 4.0, 2.0)),  # no more than three
+        ((0.40, 0.45), (8.0, 4.0, 8.0)),  # the better one comes back
+        ((0.40, None), (8.0, 4.0, 8.0)),
+        ((0.40, 0.35, 0.36), (8.0, 4.0, 2.0, 4.0)),
+    ],
+)
+def test_draws_that_are_worse_than_the_walks_are_learned_nearer_while_that_helps_and_the_best_stays(
+    scores: tuple[float | None, ...], radii: tuple[float, ...], walks: Run, tmp_path: Path
+) -> None:
+    run = moved(walks, tmp_path)
+    if run.storage.exists(NEARER):
+        run.storage.delete(NEARER)
+    plan = SampleStore.open(run.storage).plan
+    choice = {"radius": 8.0, "curve": [{"radius": 4.0, "validation_nll": 0.1}, {"radius": 8.0, "validation_nll": 0.30}]}
+    seen = [8.0]
+    for score in [*scores, 0.0]:
+        curve = [{"radius": seen[-1], "validation_nll": score}]
+        tuned = {"draw_radius": seen[-1], "draw_radius_curve": curve}
+        further = next_radius(run, plan, "these", choice, tuned)
+        if further is None:
+            break
+        assert learned_radius(run, "these", 8.0) == further, "a killed one goes on there"
+        seen.append(further)
+    assert tuple(seen) == radii
+    assert learned_radius(run, "others", 8.0) == 8.0

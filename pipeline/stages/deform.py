@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,12 @@ from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
 from pipeline.stages.draw_radius import choose_draw_radius
+from pipeline.stages.learned_radius import learned_radius, next_radius
 from pipeline.store import SampleStore
 
 __all__ = ["deform", "load_deformation", "train_in_process"]
 log = logging.getLogger("fiberwalk")
 SUMMARY = f"{FOLDER}/deformation.json"
-NEARER = f"{FOLDER}/nearer.json"
-NEAR = 0.5
-"""Where draws reach a smaller share of the selected radius, the model learns again, up to the geometric mean of both:
-what it learned further out was of no use, and its remainder helps only near the radius up to which it learned."""
 JUDGED = 128
 """Draws a start whose potential is measured."""
 
@@ -60,12 +56,8 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     tuned: dict[str, Any] = {"draw_radius": selected}
     if settings.kind != "gaussian":
         tuned = _tune(run, store, jobs, choice)
-        if jobs[0].radius == selected and tuned["draw_radius"] < NEAR * selected:
-            nearer = math.sqrt(selected * tuned["draw_radius"])
-            report.note(
-                f"Draws follow the walks to radius {tuned['draw_radius']:.4g}: learning again, to {nearer:.4g}."
-            )
-            run.storage.replace_json(NEARER, {"trained_on": digest, "selected": selected, "radius": nearer})
+        while (nearer := next_radius(run, store.plan, digest, choice, tuned)) is not None:
+            report.note(f"Draws learned up to radius {jobs[0].radius:.4g} are compared with some up to {nearer:.4g}.")
             jobs = _jobs(run, store, digest, selected)
             _fit(run, trainer, report, jobs)
             tuned = _tune(run, store, jobs, choice)
@@ -80,12 +72,8 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
 
 
 def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[FitJob]:
-    """A fit for each start, up to the selected radius or to the nearer one that was found for it before."""
-    radius = selected
-    if run.storage.exists(NEARER):
-        nearer = run.storage.read_json(NEARER)
-        if nearer["trained_on"] == digest and nearer["selected"] == selected:
-            radius = float(nearer["radius"])
+    """A fit for each start."""
+    radius = learned_radius(run, digest, selected)
     return [FitJob(start, radius, digest) for start in range(store.plan.starts)]
 
 
