@@ -70,11 +70,9 @@ def likelihood_of(config: Config, schema: DataSchema, noise_std: float | None) -
         )
     if kind == "gaussian":
         return Gaussian(noise_std or 1.0)
-    return {
-        "categorical": lambda: Categorical(len(schema.classes)),
-        "bernoulli": Bernoulli,
-        "heteroscedastic": lambda: Heteroscedastic() if config.data.standardize else Heteroscedastic(floor=1e-12),
-    }[kind]()
+    if kind == "heteroscedastic":
+        return Heteroscedastic(floor=noise_std**2) if noise_std else Heteroscedastic()
+    return Bernoulli() if kind == "bernoulli" else Categorical(len(schema.classes))
 
 
 def build_network(config: Config, schema: DataSchema, start: int, dtype: torch.dtype, x: Any = None) -> Network:

@@ -59,10 +59,8 @@ class Config(Section):
                 f"likelihood.kind must be {' or '.join(fitting)} with data.task: {self.data.task}, "
                 f"got '{self.likelihood.kind}'"
             )
-        if self.likelihood.noise_std is not None and likelihood_kind(self) != "gaussian":
-            raise ValueError(
-                f"likelihood.noise_std is for the gaussian likelihood; leave it out with {likelihood_kind(self)}"
-            )
+        if self.likelihood.noise_std is not None and self.data.task != "regression":
+            raise ValueError(f"likelihood.noise_std is for regressions; leave it out with {likelihood_kind(self)}")
         if self.map.starts > self.walk.walks:
             raise ValueError(f"walk.walks must be at least map.starts = {self.map.starts}, got {self.walk.walks}")
         least = 2 * self.map.starts if self.deformation.kind in ("residual", "gaussian") else 1

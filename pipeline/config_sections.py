@@ -101,7 +101,8 @@ class LikelihoodConfig(Section):
     """categorical or bernoulli (one logit, two classes) for classification; gaussian or heteroscedastic (the network
     gives mean and log variance) for regression; null: categorical or gaussian, by data.task."""
     noise_std: Annotated[float | None, values.number(above=0)] = None
-    """Noise standard deviation of gaussian, in units of the standardised target; null: estimated with the MAP."""
+    """Noise standard deviation of gaussian, the smallest one of heteroscedastic, in units of the standardised target;
+    null: estimated with the MAP."""
 
 
 class PriorConfig(Section):

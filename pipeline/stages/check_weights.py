@@ -8,7 +8,6 @@ from pipeline.bayes.minimise import allowed_fall, certify
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import prior_precision
 from pipeline.build import WIDE, build_network, build_potential
-from pipeline.config import likelihood_kind
 from pipeline.errors import InputError
 from pipeline.own_network import check_gradient, check_rows, gradient_seconds
 from pipeline.progress import Progress
@@ -39,7 +38,7 @@ def check_weights(run: Run) -> None:
             "prior.precision: auto needs map.polish: true with model.weights, since the minimum moves with it."
         )
     theta = network.theta()
-    noise = noise_of(run, network, theta) if likelihood_kind(run.config) == "gaussian" else None
+    noise = noise_of(run, network, theta)
     minimum = certify(build_potential(run, network, noise, precision), theta)
     allowed = allowed_fall(run.config.map.tolerance, min(network.dim, len(run.dataset.train.y)))
     if minimum.grad_norm > run.config.map.tolerance and not minimum.decrement <= allowed:

@@ -18,7 +18,6 @@ from pipeline.bayes.minimise import QUASI_NEWTON_DIM, Minimum, allowed_fall, cer
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import DIFFERENCED, Potential
 from pipeline.build import DTYPES, MAP_FILES, WIDE, build_network, build_potential, curvature_bytes, start_folder
-from pipeline.config import likelihood_kind
 from pipeline.errors import RunError
 from pipeline.executor import Executor
 from pipeline.plan import stream
@@ -27,7 +26,7 @@ from pipeline.run import Run
 from pipeline.scale_free import scale_free, scale_note, shrinkage
 from pipeline.stages.check_weights import say_duration
 from pipeline.stages.constant import collapse_note
-from pipeline.stages.scale import Scale, choose_scale, target_std
+from pipeline.stages.scale import Scale, choose_scale, first_noise
 
 QUASI_NEWTON_STEPS = 3000
 """Of L-BFGS at most; an eighth of it while noise or prior are being chosen, and for potentials that are slow."""
@@ -131,16 +130,14 @@ def estimate_start(run: Run, settings: Settings) -> Iterator[dict[str, Any]]:
 def _fit(run: Run, network: Network, settings: Settings) -> tuple[Potential, Minimum, float | None, Any, str]:
     """Minimise U, and before it choose noise and prior where the configuration leaves them open."""
     config = run.config
-    gaussian = likelihood_kind(config) == "gaussian"
-    noise = settings.noise_std or config.likelihood.noise_std or (target_std(run) if gaussian else None)
+    noise = settings.noise_std or config.likelihood.noise_std or first_noise(run)
     precision = settings.precision or (1.0 if config.prior.precision == "auto" else config.prior.precision)
     theta = network.theta()
     if config.model.weights is None:
         theta = _first_steps(run, build_potential(run, network, noise, precision), theta, settings.start)
     point = Scale(theta, noise, precision, settings.how)
     if settings.precision is None:
-        free_noise = gaussian and config.likelihood.noise_std is None
-        point = choose_scale(run, network, point, free_noise, config.prior.precision == "auto", _descend)
+        point = choose_scale(run, network, point, config.prior.precision == "auto", _descend)
     potential = build_potential(run, network, point.noise_std, point.precision)
     return potential, _descend(run, potential, point.theta, last=True), point.noise_std, point.precision, point.how
 
