@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -112,6 +113,27 @@ def test_the_noise_of_a_regression_is_near_its_true_one_without_a_setting(tmp_pa
     info = load_problem(run, 0).info
     assert info["prior_how"] == "noise by validation NLL"
     assert 0.1 < info["noise_std"] < 0.3
+
+
+def test_a_network_that_gives_its_noise_does_not_claim_any_precision(tmp_path):
+    # With a floor of .01 the network meets a part of the training targets, and says so.
+    data = {"source": "python:pipeline.data.synthetic:snelson_like", "task": "regression"}
+    scores, least = {}, {}
+    for given in (None, 0.01):
+        likelihood = {"kind": "heteroscedastic", "noise_std": given}
+        model = {"hidden": [16, 16]}
+        run = opened(tmp_path / str(given), data=data, model=model, likelihood=likelihood, prior={"precision": 0.1})
+        estimate(run, SerialExecutor(), LogProgress())
+        problem, rows = load_problem(run, 0), run.dataset.validation
+        x, y = (torch.as_tensor(np.array(v), dtype=problem.network.dtype) for v in (rows.x, rows.y))
+        said = problem.likelihood.predict(problem.network.outputs(problem.theta_star, x)).variance
+        assert said is not None
+        least[given] = float(said.min().sqrt())
+        scores[given] = float(problem.likelihood.nll(problem.network.outputs(problem.theta_star, x), y).mean())
+        assert problem.info["prior_how"] == ("as configured" if given else "smallest noise by validation NLL")
+        assert least[given] >= problem.info["noise_std"]
+    assert least[0.01] < 0.1 < least[None]
+    assert scores[None] < scores[0.01] - 1.0
 
 
 def test_the_noise_of_a_linear_model_is_that_of_its_exact_evidence(tmp_path):
