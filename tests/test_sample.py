@@ -116,12 +116,12 @@ def test_the_noise_of_a_regression_is_near_its_true_one_without_a_setting(tmp_pa
 
 
 def test_a_network_that_gives_its_noise_does_not_claim_any_precision(tmp_path):
-    # 30 training rows and 200 parameters: with a floor of .01 the network meets the targets, and says so.
+    # 30 training rows and 106 parameters: with a floor of 0.1 the network meets the targets, and says so.
     data = {"source": "sklearn:diabetes", "task": "regression", "train_rows": 30}
     scores, least = {}, {}
-    for given in (None, 0.01):
+    for given in (None, 0.1):
         likelihood = {"kind": "heteroscedastic", "noise_std": given}
-        run = opened(tmp_path / str(given), data=data, model={"hidden": [20]}, likelihood=likelihood)
+        run = opened(tmp_path / str(given), data=data, model={"hidden": [8]}, likelihood=likelihood)
         estimate(run, SerialExecutor(), LogProgress())
         problem, rows = load_problem(run, 0), run.dataset.validation
         x, y = (torch.as_tensor(np.array(v), dtype=problem.network.dtype) for v in (rows.x, rows.y))
@@ -131,8 +131,8 @@ def test_a_network_that_gives_its_noise_does_not_claim_any_precision(tmp_path):
         scores[given] = float(problem.likelihood.nll(problem.network.outputs(problem.theta_star, x), y).mean())
         assert problem.info["prior_how"] == ("as configured" if given else "smallest noise by validation NLL")
         assert least[given] >= problem.info["noise_std"]
-    assert least[0.01] < 0.1 < least[None]
-    assert scores[None] < scores[0.01] - 1.0
+    assert least[0.1] < 0.15 < 0.3 < least[None]
+    assert scores[None] < scores[0.1] - 1.0
 
 
 def test_the_noise_of_a_linear_model_is_that_of_its_exact_evidence(tmp_path):
