@@ -13,7 +13,7 @@ NEARER = f"{FOLDER}/nearer.json"
 NEAR = 0.5
 """Where draws reach a smaller share of the selected radius, the model learns again, up to the geometric mean of both:
 what it learned further out was of no use, and its remainder helps only near the radius up to which it learned."""
-WORSE = 0.01
+WORSE = 0.02
 """Where the draws' validation NLL exceeds that of the walks by more, relative to 0.5 + theirs in nats a row, the model
 learns again up to half of its radius: the walk is less chaotic there, and the looks lie closer."""
 TRIES = 3
