@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import nn
 
 from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.params import Network
+from pipeline.config import parse_config
 from pipeline.errors import InputError
 from pipeline.models import load_weights
 from pipeline.own_network import check_gradient
+from pipeline.progress import LogProgress
+from pipeline.run import prepare
+from pipeline.stages.check_weights import say_duration
 
 
 def test_gradient_checkpointing_is_refused_by_its_name() -> None:
@@ -54,3 +59,27 @@ def test_a_small_parameter_without_its_gradient_is_named() -> None:
     module.register_forward_hook(scaled)
     with pytest.raises(InputError, match="change with scale in another way"):
         check_gradient(Network(module, dtype=torch.float64), "python:a:b", torch.ones(4, 5).numpy())
+
+
+class _Slow(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return super().forward(x)
+
+
+def slow() -> nn.Module:
+    """6 columns, two classes, a tenth of a second each time."""
+    return _Slow(6, 2)
+
+
+@pytest.mark.parametrize(("factory", "says"), [("tests.test_own_gradient:slow", True), ("tests.own:mlp", False)])
+def test_a_slow_estimate_is_announced(
+    factory: str, says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"architecture": f"python:{factory}"}
+    values = {"name": "slow", "storage": str(tmp_path), "data": {"source": "python:tests.own:table"}, "model": model}
+    said: list[str] = []
+    progress = LogProgress()
+    monkeypatch.setattr(progress, "note", said.append)
+    say_duration(prepare(parse_config(values)), progress)
+    assert [("minutes for each start" in line) for line in said] == [True] * says
