@@ -38,8 +38,8 @@ class Weights:
         self.slope = like.new_empty(turned).transpose(1, 2) if self._turned_slope else torch.empty_like(self.packed)
         self.turned = self.packed.transpose(1, 2)
         self._rows = self.packed.flatten(0, 1)
-        self._sum = self.slope.transpose(1, 2) if self._turned_slope else self.slope
-        self._sum = self._sum.flatten(0, 1) if first else self._sum
+        held = self.slope.transpose(1, 2) if self._turned_slope else self.slope
+        self._sum = held.flatten(0, 1) if first else held
         self._weight, self._bias = self.packed[:, :, :-1], self.packed[:, :, -1]
         self._weight_slope, self._bias_slope = self.slope[:, :, :-1], self.slope[:, :, -1]
         self._q, self._p, self._r = layer.inner, layer.before.outer, layer.before.shift

@@ -50,7 +50,7 @@ def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choi
         curve = [{"radius": radius} | score for radius, score in zip(radii, scores, strict=True)]
         chosen = _furthest(curve)
     else:
-        limit = SPARE * max(c.gamma / 2, _rise_of_walks(choice))
+        limit = SPARE * max(c.gamma / 2, (walks_at_radius(choice)["nll_rise"] or 0.0))
         for radius in radii:
             curve.append({"radius": radius, "nll_rise": finite_or_none(c.average_rise(_draws(c, models, radius)))})
             if curve[-1]["nll_rise"] is not None and curve[-1]["nll_rise"] <= limit:
@@ -78,7 +78,6 @@ def _draws(c: Comparison, models: list[Deformation], radius: float) -> Iterator[
             yield start, models[start].draw(rng, min(c.batch(), share - first), radius)
 
 
-def _rise_of_walks(choice: dict[str, Any]) -> float:
-    """Mean rise of the summed NLL of walks at the chosen radius."""
-    nearest = min(choice["curve"], key=lambda point: abs(point["radius"] - choice["radius"]))
-    return float(nearest["nll_rise"] or 0.0)
+def walks_at_radius(choice: dict[str, Any]) -> dict[str, Any]:
+    """What `radius.json` says of the walks at the chosen radius."""
+    return min(choice["curve"], key=lambda point: abs(point["radius"] - choice["radius"]))

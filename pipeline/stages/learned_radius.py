@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.fitting.job import FOLDER
 from pipeline.plan import WalkPlan
 from pipeline.run import Run
+from pipeline.stages.draw_radius import walks_at_radius
 
 NEARER = f"{FOLDER}/nearer.json"
 NEAR = 0.5
@@ -47,8 +48,8 @@ def next_radius(run: Run, plan: WalkPlan, digest: str, choice: dict[str, Any], t
     further = _further(tried, choice, float(plan.radii()[0]))
     settled = further is None
     if further is None:
-        judged = [t for t in tried if t["validation_nll"] is not None] or [present]
-        best = min(judged, key=lambda t: t["validation_nll"] or 0.0)
+        judged = [t for t in tried if t["validation_nll"] is not None]
+        best = min(judged, key=lambda t: t["validation_nll"]) if judged else present
         if best["radius"] == present["radius"]:
             return None
         further = float(best["radius"])
@@ -82,5 +83,5 @@ def _further(tried: list[dict[str, Any]], choice: dict[str, Any], shortest: floa
         return None
     if len(tried) > 1 and tried[-2]["validation_nll"] is not None and score >= tried[-2]["validation_nll"]:
         return None
-    walks = min(choice["curve"], key=lambda point: abs(point["radius"] - selected)).get("validation_nll")
+    walks = walks_at_radius(choice).get("validation_nll")
     return half if walks is not None and score > walks + WORSE * (0.5 + abs(walks)) else None

@@ -137,7 +137,10 @@ def noise_is_open(run: Run) -> bool:
 
 
 def noise_of(run: Run, network: Network, theta: Tensor) -> float | None:
-    """The configured noise, or the root mean square of the training residuals of weights that are given."""
+    """The configured noise of weights that are given, else the root mean square of their training residuals.
+
+    Of a network that gives its noise it is the smallest one; None for classes.
+    """
     if run.config.likelihood.noise_std is not None or likelihood_kind(run.config) != "gaussian":
         return run.config.likelihood.noise_std or first_noise(run)
     unit: Potential = build_potential(run, network, 1.0, 1.0)
