@@ -38,8 +38,6 @@ class Seen:
     """U'(offset - v), (w, k)."""
     left: Tensor
     """Of that, what the chain leaves, (w, k)."""
-    potential: Tensor
-    """(w,), float64."""
 
 
 @dataclass
@@ -169,7 +167,7 @@ def fit_chain(team: Team, walks: Walks, chain: Chain, selected: int, squares: li
             direction, before = states.before(points, mark)
             state = chain.step(direction, before, mark)
             if mark == selected and found.seen is not None:
-                found.seen.inputs[points.place] = chain.seen(state, direction.inside, mark)
+                found.seen.inputs[points.place] = chain.seen(state, direction.inside)
             if mark + 1 < len(chain.marks):
                 states.keep(points, state)
     return found
@@ -192,18 +190,17 @@ def _fit_point(team: Team, walks: Walks, chain: Chain, states: States, found: Fi
     sums = [Sums.zeros(m, k) for _ in range(2)]
     inside = chain.basis.new_zeros(m, count, k)
     target, drift = chain.basis.new_zeros(count, k), chain.basis.new_zeros(count, k)
-    potential, full = torch.zeros(count, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    full = torch.zeros(2, dtype=torch.float64)
     for points in walks.at(mark):
         direction, state = states.before(points, mark)
         parts = chain.parts(direction, state, mark)
         guess = chain.before[mark].combine(parts, chain.basis)
-        parts = chain.looked(parts, guess, state, mark)
+        parts = chain.looked(parts, guess, state)
         offset, held = chain.vector(points.offset), walks.held[points.place]
         for part, take in zip(sums, (~held, held), strict=True):
             part.add(parts, offset, take)
         inside[:, points.place] = torch.stack([part.inside for part in parts])
         target[points.place], drift[points.place] = offset.inside, direction.inside
-        potential[points.place] = points.potential
         rest = offset - direction * chain.marks[mark]
         full += torch.stack([rest.full[held].square().sum(), rest.inside[held].square().sum()]).double()
     if not known:
@@ -223,7 +220,7 @@ def _fit_point(team: Team, walks: Walks, chain: Chain, states: States, found: Fi
         found.squares.append([*full.tolist(), max(outside, 0.0), float(rest)])
     free = drift * chain.marks[mark]
     told = chain.basis.new_zeros(count, 2 + 4 * k)  # filled when the states go on
-    return Seen(walks.held, told, target - free, left, potential)
+    return Seen(walks.held, told, target - free, left)
 
 
 def _inputs(chain: Chain, drift: Tensor, point: Tensor, gradient: Tensor) -> Tensor:

@@ -153,35 +153,41 @@ class Points:
     """Drift at unit radius, (b, D)."""
     offset: Tensor
     """theta - theta*, (b, D)."""
-    potential: Tensor
-    """(b,), float64."""
 
 
 class Walks:
     """This worker's walks, each with its record nearest to every mark: what the walk contributes at that radius.
 
     A walk that its guard has held back counts with the point that it has reached.
+
+    Attributes:
+        walk: Their numbers, (w,).
+        marks: Radii, rising.
+        potential: Of each record, (w, marks), float64.
     """
 
     def __init__(self, team: Team, marks: list[float], directions: Directions, theta_star: Tensor, rank: int):
         self._team, self._directions, self._star, self.marks = team, directions, theta_star, marks
         most = HELD_BYTES // (16 * rank * theta_star.element_size())
-        best: dict[int, list[tuple[float, int]]] = {}
+        best: dict[int, list[tuple[float, int, float]]] = {}
         rows = 0
         for part in team.rows():
             gaps = np.abs(part.radius[:, None] - np.asarray(marks)).tolist()
-            for row, (walk, gap) in enumerate(zip(part.walk.tolist(), gaps, strict=True)):
+            found = zip(part.walk.tolist(), gaps, part.potential.tolist(), strict=True)
+            for row, (walk, gap, potential) in enumerate(found, start=rows):
                 if walk not in best and len(best) >= most:
                     continue
-                now = best.setdefault(walk, [(np.inf, -1)] * len(marks))
-                best[walk] = [min(old, (g, rows + row)) for old, g in zip(now, gap, strict=True)]
+                now = best.setdefault(walk, [(np.inf, -1, np.nan)] * len(marks))
+                best[walk] = [min(old, (g, row, potential)) for old, g in zip(now, gap, strict=True)]
             rows += len(part.walk)
         self.walk = np.array(list(best), dtype=np.int64)
         self._place = {walk: place for place, walk in enumerate(best)}
         self._uses = np.zeros((rows, len(marks)), dtype=bool)
         for nearest in best.values():
-            for mark, (_, row) in enumerate(nearest):
+            for mark, (_, row, _) in enumerate(nearest):
                 self._uses[row, mark] = True
+        potential = [[potential for _, _, potential in nearest] for nearest in best.values()]
+        self.potential = torch.tensor(potential, dtype=torch.float64).reshape(-1, len(marks))
 
     @property
     def held(self) -> Tensor:
@@ -200,5 +206,4 @@ class Walks:
                     place=torch.tensor([self._place[walk] for walk in walks.tolist()]),
                     direction=self._directions.of(walks),
                     offset=rows.theta[index].to(self._star) - self._star,
-                    potential=torch.from_numpy(rows.potential[index]),
                 )

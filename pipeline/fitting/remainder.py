@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
-from pipeline.build import Problem
 from pipeline.fitting.chain import Fitted, Seen
 from pipeline.fitting.job import FitJob, Team
 from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
@@ -42,22 +41,15 @@ LEARNING_RATE = 3e-3
 DECAY = 1e-2
 
 
-def fit_remainder(
-    run: Run, problem: Problem, job: FitJob, team: Team, model: Residual, fitted: Fitted
-) -> dict[str, Any]:
+def fit_remainder(run: Run, job: FitJob, team: Team, model: Residual, fitted: Fitted, term: Term) -> dict[str, Any]:
     """Train on top of the chain of `model` and set `model.remainder` if it helps. Returns facts for the report."""
     settings, seen = run.config.deformation, fitted.seen
     assert seen is not None
     sums = _sums(team, seen)
-    star = float(problem.potential.value(problem.theta_star.detach()[None])[0])
-    rise = torch.stack([(seen.potential - star).sum(), torch.tensor(float(len(seen.potential))).double()])
-    team.sum([rise])
-    walk_rise = float(rise[0] / rise[1].clamp_min(1))
-    term = Term(run, problem, model, job, team, walk_rise)
-    steps = _steps(settings.steps, problem.network.dim * (1 + len(model.chain.marks)))
-    if parse_chain(problem.network.module, problem.network.dim) is None:
+    steps = _steps(settings.steps, model.dim * (1 + len(model.chain.marks)))
+    if parse_chain(term.network.module, model.dim) is None:
         steps = min(steps, GENERAL_STEPS)
-    facts: dict[str, Any] = {"walk_potential_rise": walk_rise, "steps": steps}
+    facts: dict[str, Any] = {"steps": steps}
     if not steps or sums["count"] < 2:
         return facts | {"heldout_error_in_basis": sums["error"], "remainder": False, "curve": []}
     remainder = _new(run, job, model, seen, sums, settings.hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from pipeline.bayes.deformation.basis import (
     random_probe,
     sketch_width,
 )
-from pipeline.bayes.deformation.chain import Chain, Look
+from pipeline.bayes.deformation.chain import Chain
+from pipeline.bayes.deformation.landing import Landing, Look
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import take_rows
@@ -26,8 +28,10 @@ from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
 from pipeline.fitting.chain import fit_chain
 from pipeline.fitting.job import FitJob, Team
+from pipeline.fitting.landing import MOST_STEPS, fit_landing
 from pipeline.fitting.reading import Directions, Walks, marks_of
 from pipeline.fitting.remainder import fit_remainder
+from pipeline.fitting.term import Term
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 
@@ -55,21 +59,24 @@ def fit_residual(
     theta_star = problem.theta_star.detach().to("cpu", dtype)
     rank = min(run.config.deformation.rank, plan.dim)
     walks = Walks(team, marks, Directions(run, plan, problem, dtype), theta_star, rank)
-    rows = look_rows(run, problem, plan, len(marks))
-    look, found = look_of(problem, rows), team.restore()
+    samples = look_samples(run, problem, plan, len(marks))
+    look, found = look_of(problem, samples), team.restore()
     if found is None:
         slopes = fit_slopes(team, walks, selected)
         rng = stream(run.config.seed, "deform-basis", job.start)
         known = problem.curvature.vectors.detach().to("cpu", dtype).reshape(-1, plan.dim)[: rank // 2]
         basis, captured = fit_basis(team, walks, slopes, theta_star, rank - len(known), rng)
-        basis = towards_curvature(problem, known, basis, rows)
+        basis = towards_curvature(problem, known, basis, samples[0])
         chain, squares = Chain(theta_star, basis, marks, float(problem.curvature.gamma), look, captured), []
     else:
         chain, squares = Chain.from_tensors(found[0], look), [list(map(float, s)) for s in found[1]["squares"]]
         step, done = found[1]["step"], len(squares)
         log.warning("Deformation: going on from a checkpoint, %d of %d marks, step %d.", done, len(marks), step)
     fitted = fit_chain(team, walks, chain, selected, squares)
-    model = Residual(job.radius, free_law(run, plan, problem), chain)
+    levels = walk_levels(team, walks, problem)
+    precision = problem.precision.detach().to("cpu", dtype)
+    landing = Landing(theta_star, precision, marks, levels, look)
+    model = Residual(job.radius, free_law(run, plan, problem), chain, landing)
     facts: dict[str, Any] = {
         "basis_rank": len(chain.basis),
         "basis_captures": chain.captured,
@@ -77,10 +84,13 @@ def fit_residual(
         "heldout_error_linear": fitted.error(selected),
         "heldout_error_outside_basis": fitted.error(selected, 0.0),
         "marks": marks[: selected + 1],
-        "look_rows": len(rows),
+        "look_rows": len(samples[0]),
+        "walk_potential_rise": levels[selected],
     }
     assert fitted.seen is not None
-    facts |= fit_remainder(run, problem, job, team, model, fitted)
+    term = Term(run, problem, model, job, team, levels[selected])
+    facts |= fit_remainder(run, job, team, model, fitted, term)
+    facts |= fit_landing(team, model, term)
     facts["heldout_error"] = fitted.error(selected, facts["heldout_error_in_basis"])
     return model, facts
 
@@ -167,25 +177,44 @@ def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tens
     return (turn.flip(1).T.to(basis) @ basis).contiguous()
 
 
-def look_rows(run: Run, problem: Problem, plan: WalkPlan, marks: int) -> Tensor:
-    """Training rows of a look: a fixed sample, as large as the work of the fit allows."""
+def walk_levels(team: Team, walks: Walks, problem: Problem) -> list[float]:
+    """Mean rise of U of the walks over theta* at each mark, in nats."""
+    star = problem.potential.value(problem.theta_star.detach()[None]).double().cpu()
+    rise = (walks.potential - star).sum(0)
+    count = torch.tensor(float(len(walks.walk)), dtype=torch.float64)
+    team.sum([rise, count])
+    return (rise / count.clamp_min(1)).clamp_min(0).tolist()
+
+
+def look_samples(run: Run, problem: Problem, plan: WalkPlan, marks: int) -> list[Tensor]:
+    """Training rows of looks: one sample for the learned steps, and others for the steps of a landing.
+
+    They are as large as the work of the fit allows. Draws that go down on few rows fit these, and not the others: hence
+    another sample at each step.
+    """
     rows = problem.potential.rows
     gradients = max(1, plan.walks // plan.starts) * marks**2
     most = min(LOOK_ROWS, max(FEWEST_ROWS, int(LOOK_WORK / (gradients * plan.dim))))
-    order = stream(run.config.seed, "deform-look").permutation(rows)[: min(rows, most)]
-    return torch.from_numpy(np.sort(order))
+    order, size = stream(run.config.seed, "deform-look").permutation(rows), min(rows, most)
+    windows = (np.arange(j * size, (j + 1) * size) % rows for j in range(1 + MOST_STEPS))
+    return [torch.from_numpy(np.sort(order[window])) for window in windows]
 
 
-def look_of(problem: Problem, rows: Tensor) -> Look:
+def look_of(problem: Problem, samples: list[Tensor]) -> Look:
     """Gradient of the NLL on a sample of training rows, scaled up to all of them, less that at theta*."""
     potential = problem.potential
     star = problem.theta_star.detach()[None]
-    index = None if len(rows) == potential.rows else rows.to(star.device)
-    scale = potential.rows / len(rows)
-    origin, level = potential.nll_gradient(star, index)
+    scale = potential.rows / len(samples[0])
+    rows = [None if scale == 1 else sample.to(star.device) for sample in samples]
 
-    def look(theta: Tensor, mark: int) -> tuple[Tensor, Tensor]:
-        gradient, nll = potential.nll_gradient(theta.to(star), index)
+    @cache
+    def at_star(sample: int) -> tuple[Tensor, Tensor]:
+        return potential.nll_gradient(star, rows[sample])
+
+    def look(theta: Tensor, sample: int) -> tuple[Tensor, Tensor]:
+        sample = 0 if scale == 1 else sample
+        origin, level = at_star(sample)
+        gradient, nll = potential.nll_gradient(theta.to(star), rows[sample])
         gradient, rise = (gradient - origin) * scale, (nll - level) * scale
         return gradient.nan_to_num(0.0, 0.0, 0.0).to("cpu", theta.dtype), rise.to("cpu", theta.dtype)
 

@@ -33,18 +33,18 @@ class Term:
 
     def __init__(self, run: Run, problem: Problem, model: Residual, job: FitJob, team: Team, walk_rise: float):
         self._potential, self.model, self._job, self._team = problem.potential, model, job, team
+        self.network = problem.network
         self._seed, self.walk_rise = run.config.seed, max(walk_rise, 1e-6)
         self.count = max(1, min(FRESH, int(TERM_WORK / 1000 / problem.network.dim)) // team.size)
         self._star = problem.theta_star.detach()[None]
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Where the chain takes fresh directions, (n, D), and the inputs of the remainder there, (n, p)."""
-        rng = stream(self._seed, purpose, self._job.start, step, self._team.rank)
         chain = self.model.chain
         with torch.no_grad():
-            direction = chain.vector(self.model.free.directions(rng, count, chain.basis.dtype))
+            direction = chain.vector(self.directions(purpose, step, count))
             _, state = chain.states(direction, self.model.radius)
-            inputs = chain.seen(state, direction.inside, chain.above(self.model.radius))
+            inputs = chain.seen(state, direction.inside)
             return state.point.full + chain.theta_star, inputs
 
     def fresh(self, step: int) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,13 @@ class Term:
         slope = (gradient.to("cpu", correction.dtype) @ self.model.chain.basis.T) / (ratio * self.walk_rise * len(rise))
         return (slope * correction).sum(), ratio
 
-    def rise(self, base: Tensor, correction: Tensor | None) -> Tensor:
-        """Exact rise of U over theta* on all training rows, (n,)."""
-        position = base if correction is None else torch.addmm(base, correction, self.model.chain.basis)
+    def directions(self, purpose: str, step: int, count: int) -> Tensor:
+        """Fresh directions of this worker, (n, D)."""
+        rng = stream(self._seed, purpose, self._job.start, step, self._team.rank)
+        return self.model.free.directions(rng, count, self.model.chain.basis.dtype)
+
+    def rise(self, position: Tensor) -> Tensor:
+        """Exact rise of U over theta* on all training rows at positions (n, D), (n,)."""
         position = position.to(self._star)
         return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
 
@@ -95,7 +99,9 @@ class Judge:
         held = self.seen.held
         left = self.seen.left[held]
         after = left - remainder(self.seen.inputs[held]) if step and len(left) else left
-        rise = self._term.rise(self._base, remainder(self._inputs) if step else None)
+        base = self._base
+        position = torch.addmm(base, remainder(self._inputs), self._term.model.chain.basis) if step else base
+        rise = self._term.rise(position)
         squares = torch.stack([after.square().sum(), self.seen.target[held].square().sum()]).double()
         sums = torch.cat([squares, torch.stack([rise.sum(), torch.tensor(float(len(rise))).double()])])
         self._team.sum([sums])

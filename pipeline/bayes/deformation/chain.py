@@ -14,14 +14,13 @@ walks that have left the fiber are held back by their guard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Look = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Points (n, D) and the number of a mark -> gradient of the summed NLL less that at theta*, and the rise of the NLL."""
+from pipeline.bayes.deformation.landing import Look
 
 
 @dataclass
@@ -107,9 +106,9 @@ class Chain:
         free = direction * self.marks[mark]
         return [free] if state is None else [free, state.point, state.gradient]
 
-    def looked(self, parts: list[Vector], guess: Vector, state: State | None, mark: int) -> list[Vector]:
+    def looked(self, parts: list[Vector], guess: Vector, state: State | None) -> list[Vector]:
         """What a point is made of: one look at the gradient."""
-        gradient, rise = self.look(guess.full + self.theta_star, mark)
+        gradient, rise = self.look(guess.full + self.theta_star, 0)
         rise = rise.clamp_min(0)
         brake = (rise / (rise + self.gamma)).nan_to_num(1.0).to(guess.full)[:, None]
         step = guess if state is None else guess - state.point
@@ -128,11 +127,11 @@ class Chain:
         """From one mark to the next."""
         parts = self.parts(direction, state, mark)
         guess = self.before[mark].combine(parts, self.basis)
-        return self.finish(self.looked(parts, guess, state, mark), direction, mark)
+        return self.finish(self.looked(parts, guess, state), direction, mark)
 
-    def seen(self, state: State, inside: Tensor, mark: int) -> Tensor:
+    def seen(self, state: State, inside: Tensor) -> Tensor:
         """What the remainder is told, (n, 2 + 4 k): the inputs of the state, and one more look, at the point itself."""
-        gradient, rise = self.look(state.point.full + self.theta_star, mark)
+        gradient, rise = self.look(state.point.full + self.theta_star, 0)
         level = (rise.clamp_min(0) / self.gamma).log1p().nan_to_num(0.0, 0.0).to(inside)
         return torch.cat([state.inputs(inside), gradient @ self.basis.T, level[:, None]], dim=1)
 

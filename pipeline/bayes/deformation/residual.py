@@ -1,10 +1,11 @@
 r"""The default kind: a random direction is carried along the fiber in a few learned steps.
 
-$$\phi(d, r) = \theta^* + p_r(d) + U' h(x(d), r)$$
+$$\phi(d, r) = \mathrm{land}_r(\theta^* + p_r(d) + U' h(x(d), r))$$
 
 p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the chain saw last
-and the gradient at p itself, and h a nonlinear remainder near the selected radius. Memory is D x k; a draw is one
-normal vector, a few products with U and a fixed, small number of passes over a fixed sample of training rows.
+and the gradient at p itself, h a nonlinear remainder near the selected radius; and `landing` takes what lies higher
+than the walks down to them. Memory is D x k; a draw is one normal vector, a few products with U and a fixed, small
+number of passes over fixed samples of training rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import FreeLaw
-from pipeline.bayes.deformation.chain import Chain, Look, State
+from pipeline.bayes.deformation.chain import Chain, State
+from pipeline.bayes.deformation.landing import Landing, Look
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.errors import InputError
 
@@ -29,6 +31,7 @@ class Residual:
     radius: float
     free: FreeLaw
     chain: Chain
+    landing: Landing
     remainder: Remainder | None = None
 
     @property
@@ -48,13 +51,15 @@ class Residual:
 
     def deform(self, directions: Tensor, radius: float) -> Tensor:
         """Points on the fiber for directions (n, D), (n, D)."""
+        return self.landing.land(self.learned(directions, radius), radius) + self.chain.theta_star
+
+    def learned(self, directions: Tensor, radius: float) -> Tensor:
+        """Displacements from theta* before the landing, (n, D)."""
         direction = self.chain.vector(directions)
         states = self.chain.states(direction, radius)
         offset = self.chain.offset(states, radius)
         correction = self.correction(states[1], direction.inside, radius)
-        if correction is not None:
-            offset = torch.addmm(offset, correction, self.chain.basis)
-        return offset + self.chain.theta_star
+        return offset if correction is None else torch.addmm(offset, correction, self.chain.basis)
 
     def correction(self, state: State, inside: Tensor, radius: float) -> Tensor | None:
         """h: what the remainder adds in the basis, (n, k); None where it is silent."""
@@ -63,11 +68,11 @@ class Residual:
         weight = self.remainder.weight(radius)
         if weight <= 1e-3:
             return None
-        return weight * self.remainder(self.chain.seen(state, inside, self.chain.above(radius)))
+        return weight * self.remainder(self.chain.seen(state, inside))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        tensors = self.chain.to_tensors() | self.free.to_tensors()
+        tensors = self.chain.to_tensors() | self.free.to_tensors() | self.landing.to_tensors()
         if self.remainder is not None:
             tensors |= self.remainder.to_tensors()
         return tensors | {"radius": torch.tensor(self.radius, dtype=torch.float64)}
@@ -79,5 +84,6 @@ class Residual:
             radius=float(tensors["radius"]),
             free=FreeLaw.from_tensors(tensors),
             chain=Chain.from_tensors(tensors, look),
+            landing=Landing.from_tensors(tensors, look),
             remainder=Remainder.from_tensors(tensors),
         )
