@@ -24,7 +24,7 @@ def fit_landing(team: Team, model: Residual, term: Term) -> dict[str, Any]:
     """
     landing, star = model.landing, model.chain.theta_star
     offset = model.learned(term.directions("deform-landing", 0, max(2, 4 * term.count)), model.radius)
-    last, ratios = torch.zeros_like(offset), [_ratio(team, term, offset + star)]
+    last, ratios = None, [_ratio(team, term, offset + star)]
     while ratios[-1] > MARGIN and len(ratios) <= MOST_STEPS:
         offset, last = landing.step(offset, last, model.radius, len(ratios) - 1)
         ratios.append(_ratio(team, term, offset + star))

@@ -1,14 +1,14 @@
 r"""Landing: the last steps of a draw, down to where the walks are.
 
 The point that was learned lies near the fiber, but mostly above it: what has not been learned of a walk counts as
-misfit. While U is higher than it is for walks at that radius, the draw goes down along the gradient, by Polyak's step
-with momentum,
+misfit. While U is higher than it is for walks at that radius, the draw goes down along the gradient g of U, by Polyak's
+step, which meets the level $\ell(r)$, the mean rise of the walks, where U is taken as linear (Polyak 1969). It does not
+undo the step before it (Camerini, Fratta and Maffioli 1975):
 
-$$s_i = \mu s_{i-1} - \frac{(U(\theta_i) - U^* - \ell(r))_+}{|\nabla U(\theta_i)|^2} \nabla U(\theta_i), \qquad
-\theta_{i+1} = \theta_i + s_i$$
+$$\theta_{i+1} = \theta_i - \frac{(U(\theta_i) - U^* - \ell(r))_+}{|d_i|^2} d_i, \qquad
+d_i = g_i + \frac{(-g_i \cdot d_{i-1})_+}{|d_{i-1}|^2} d_{i-1}$$
 
-at which the linearised U meets the level $\ell(r)$, the mean rise of the walks (Polyak 1969; with momentum: Barré,
-Taylor and d'Aspremont 2020). It has no step size to tune, and it leaves alone what lies at the level or below it. The
+There is no step size to tune, and what lies at the level or below it stays where it is. The
 number of steps is fixed when the model is fitted: nothing is iterated until it converges.
 """
 
@@ -24,7 +24,8 @@ from torch import Tensor
 Look = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Points (n, D) and the number of a sample of training rows -> gradient of the summed NLL less that at theta*, (n, D),
 and the rise of the NLL over that at theta*, (n,). Sample 0 is for learned steps, the others for landing."""
-MOMENTUM = 0.5
+TURNED = 0.25
+"""Smallest share of |g|^2 that |d|^2 may have: beyond it g itself is taken, since steps grow as 1 / |d|."""
 
 
 @dataclass
@@ -48,22 +49,20 @@ class Landing:
 
     def land(self, offset: Tensor, radius: float) -> Tensor:
         """Displacements from theta* (n, D) after the last step."""
-        step = torch.zeros_like(offset) if self.steps else None
+        last = None
         for number in range(self.steps):
-            offset, step = self.step(offset, step, radius, number)
+            offset, last = self.step(offset, last, radius, number)
         return offset
 
     def step(self, offset: Tensor, last: Tensor | None, radius: float, number: int) -> tuple[Tensor, Tensor]:
-        """One step: displacements, and the step that led there."""
+        """One step: displacements, and the direction d that led there; `last` is that of the step before."""
         gradient, nll = self.look(offset + self.theta_star, 1 + number)
         slope = torch.addcmul(gradient, self.precision, offset)
         prior = (offset * (0.5 * offset + self.theta_star)).double() @ self.precision.double()
         excess = (nll.double() + prior - self.level(radius)).clamp_min(0)
-        size = (excess / slope.double().square().sum(1)).nan_to_num(0.0, 0.0, 0.0).to(offset)
-        step = slope.mul_(-size[:, None])
-        if last is not None:
-            step.add_(last, alpha=MOMENTUM)
-        return offset + step, step
+        direction = slope if last is None else _not_back(slope, last)
+        size = (excess / direction.double().square().sum(1)).nan_to_num(0.0, 0.0, 0.0).to(offset)
+        return torch.addcmul(offset, direction, size[:, None], value=-1), direction
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file; theta* is in that of the chain."""
@@ -79,3 +78,11 @@ class Landing:
         radii, levels = tensors["landing.levels"].tolist()
         star, precision = tensors["chain.theta_star"], tensors["landing.precision"]
         return cls(star, precision, radii, levels, look, int(tensors["landing.steps"]))
+
+
+def _not_back(slope: Tensor, last: Tensor) -> Tensor:
+    """d: the gradient without what points against the last direction."""
+    back = (-(slope * last).sum(1) / last.square().sum(1)).clamp_min(0).nan_to_num(0.0, 0.0, 0.0)
+    direction = torch.addcmul(slope, last, back[:, None])
+    turned = direction.square().sum(1) < TURNED * slope.square().sum(1)
+    return torch.where(turned[:, None], slope, direction)
