@@ -141,7 +141,7 @@ def test_same_seed_same_draws(iris: Run) -> None:
 def test_weights_survive_their_file(iris: Run) -> None:
     model = load_deformation(iris, 1)
     assert isinstance(model, Residual)
-    again = Residual.from_tensors(model.to_tensors(), model.chain.look)
+    again = Residual.from_tensors(model.to_tensors(), model.chain.look, model.landing.slope)
     rng = np.random.default_rng
     assert torch.equal(model.draw(rng(0), 4), again.draw(rng(0), 4))
 

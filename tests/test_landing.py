@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,65 +15,54 @@ from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.target import Potential
 from pipeline.build import load_problem
 from pipeline.config import parse_config
-from pipeline.fitting import residual as fitting
+from pipeline.fitting import looks
 from pipeline.fitting.fit import SerialTeam
 from pipeline.fitting.job import FitJob
-from pipeline.fitting.landing import MOST_STEPS, fit_landing
+from pipeline.fitting.landing import LANDED, MOST_STEPS, SLACK, fit_landing
 from pipeline.fitting.loading import load_deformation
-from pipeline.fitting.term import MARGIN, Term
+from pipeline.fitting.term import Term
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages import deform as stage
 from pipeline.stages.select import select
 from pipeline.store import SampleStore
 from tests.runs import walked
-from tests.targets import hessian, linear_regression, quadratic_minimum, softmax_classifier
+from tests.targets import softmax_classifier
 
 RADIUS = 2.0
 
 
 def landing_on(potential: Potential, star: Tensor, level: float) -> Landing:
     """A landing that looks at all rows."""
-    origin, nll_star = potential.nll_gradient(star[None])
+    _, nll_star = potential.nll_gradient(star[None])
 
-    def look(theta: Tensor, sample: int) -> tuple[Tensor, Tensor]:
+    def slope(theta: Tensor, number: int) -> tuple[Tensor, Tensor]:
         gradient, nll = potential.nll_gradient(theta)
-        return gradient - origin, nll - nll_star
+        return gradient, nll - nll_star
 
-    return Landing(star, potential.precision, [RADIUS], [level], look)
-
-
-def minimum(potential: Potential) -> Tensor:
-    """theta* by Newton steps from zero."""
-    theta = torch.zeros(potential.network.dim, dtype=torch.float64)
-    for _ in range(60):
-        h = hessian(potential, theta)
-        h = h + max(0.0, 0.1 - float(torch.linalg.eigvalsh(h)[0])) * torch.eye(len(theta)).double()
-        theta = theta - 0.5 * torch.linalg.solve(h, potential.gradient(theta[None])[0][0])
-    return theta
+    return Landing(star, [RADIUS], [level], slope)
 
 
-def test_a_step_meets_the_level_where_the_potential_is_taken_as_linear() -> None:
-    potential = softmax_classifier()
-    star, rng = minimum(potential), np.random.default_rng(0)
-    offset = torch.from_numpy(rng.standard_normal((20, len(star))))
-    rise = potential.value(offset + star) - potential.value(star[None])
+def test_a_step_meets_the_level_where_the_nll_is_taken_as_linear() -> None:
+    potential, rng = softmax_classifier(), np.random.default_rng(0)
+    star, offset = torch.from_numpy(rng.standard_normal((2, 20, potential.network.dim)))
+    star = star[0]
+    gradient, nll = potential.nll_gradient(offset + star)
+    rise = nll - potential.nll(star[None])
     level = float(rise.median())
     landed, _ = landing_on(potential, star, level).step(offset, None, RADIUS, 0)
-    slope = potential.gradient(offset + star)[0]
     high = rise > level
-    torch.testing.assert_close((rise + (slope * (landed - offset)).sum(1))[high], torch.full((10,), level).double())
-    along = torch.nn.functional.cosine_similarity(landed - offset, slope)[high]
+    linear = rise + (gradient * (landed - offset)).sum(1)
+    torch.testing.assert_close(linear[high], torch.full((10,), level).double())
+    along = torch.nn.functional.cosine_similarity(landed - offset, gradient)[high]
     torch.testing.assert_close(along, -torch.ones(10).double())
     assert int(high.sum()) == 10 and torch.equal(landed[~high], offset[~high])
 
 
 def test_on_a_round_quadratic_the_distance_follows_its_recursion() -> None:
     """r -> r - (h r^2 / 2 - level) / (h r), Newton's iteration for the radius at the level, from outside only."""
-    potential = linear_regression(40, 6)
-    potential.x, potential.y = torch.eye(6, dtype=torch.float64), potential.y[:6]  # H = (1 / sigma^2 + alpha) I
-    star, h, level, r = quadratic_minimum(potential), 1 / 0.5**2 + 1.0, 3.0, 5.0
-    landing = landing_on(potential, star, level)
+    star, h, level, r = torch.zeros(6).double(), 5.0, 3.0, 5.0
+    landing = Landing(star, [RADIUS], [level], lambda theta, number: (h * theta, 0.5 * h * theta.square().sum(1)))
     landing.steps = 4
     direction = torch.nn.functional.normalize(torch.arange(1.0, 7.0).double(), dim=0)
     landed = landing.land(r * direction[None], RADIUS)
@@ -88,10 +76,7 @@ def test_a_step_does_not_undo_the_one_before() -> None:
     """In a valley of curvatures 1 and 30 gradients point back and forth."""
     star, h = torch.zeros(2).double(), torch.tensor([1.0, 30.0]).double()
 
-    def look(theta: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-        return theta * h, 0.5 * theta.square() @ h
-
-    landing = Landing(star, torch.zeros(2).double(), [RADIUS], [0.1], look)
+    landing = Landing(star, [RADIUS], [0.1], lambda theta, number: (theta * h, 0.5 * theta.square() @ h))
     offset, last, angles = torch.tensor([[6.0, 0.6]]).double(), None, []
     for number in range(4):
         before = last
@@ -106,9 +91,7 @@ def test_a_step_does_not_undo_the_one_before() -> None:
 
 
 def test_the_level_is_straight_between_marks_and_zero_at_the_estimate() -> None:
-    landing = Landing(
-        torch.zeros(2), torch.ones(2), [1.0, 3.0], [10.0, 20.0], lambda theta, sample: (theta, theta[:, 0])
-    )
+    landing = Landing(torch.zeros(2), [1.0, 3.0], [10.0, 20.0], lambda theta, number: (theta, theta[:, 0]))
     assert [landing.level(radius) for radius in (0.5, 1.0, 2.0, 3.0)] == [5.0, 10.0, 15.0, 20.0]
 
 
@@ -150,50 +133,63 @@ def spoiled(run: Run) -> tuple[Residual, Term, SerialTeam]:
     store = SampleStore.open(run.storage)
     job = FitJob(0, model.radius, store.digest())
     team = SerialTeam(run, job)
-    level = model.landing.level(model.radius)
-    return model, Term(run, load_problem(run, 0, store.plan), model, job, team, level), team
+    return model, Term(run, load_problem(run, 0, store.plan), model, job, team, 1.0), team
 
 
-def test_draws_that_lie_too_high_land_at_the_walks(iris: Run) -> None:
+def test_draws_that_fit_worse_than_walks_land_at_their_level(iris: Run) -> None:
     model, term, team = spoiled(iris)
     facts = fit_landing(team, model, term)
-    ratios = facts["landing_rise_ratios"]
-    assert ratios[0] > 2 * MARGIN and 0 < facts["landing_steps"] <= MOST_STEPS
-    assert len(ratios) == facts["landing_steps"] + 1 and ratios[-1] <= MARGIN < min(ratios[:-1])
-    rise = term.rise(model.draw(np.random.default_rng(0), 200))
-    assert float(rise.mean()) < 1.5 * term.walk_rise
+    rises, most = facts["landing_nll_rise"], LANDED * facts["walk_nll_rise"] + SLACK
+    assert rises[0] > 2 * most and 0 < facts["landing_steps"] < MOST_STEPS
+    assert len(rises) == facts["landing_steps"] + 1 and rises[-1] <= most < min(rises[:-1])
+    drawn = term.nll_rise(model.draw(np.random.default_rng(0), 200))
+    assert float(drawn.mean()) < 1.5 * most
 
 
 def test_a_landing_that_climbs_is_not_taken(iris: Run) -> None:
-    """The check above fails for a look with the wrong sign, and then draws stay as they were."""
+    """The check above fails for a slope with the wrong sign, and then draws stay as they were."""
     model, term, team = spoiled(iris)
-    look = model.landing.look
+    slope = model.landing.slope
 
-    def wrong(theta: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-        gradient, rise = look(theta, sample)
-        return -gradient - 2 * model.landing.precision * (theta - model.landing.theta_star), rise
+    def wrong(theta: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        gradient, rise = slope(theta, number)
+        return -gradient, rise
 
-    model.landing.look = wrong
+    model.landing.slope = wrong
     facts = fit_landing(team, model, term)
-    assert facts["landing_steps"] == 0 and len(facts["landing_rise_ratios"]) == MOST_STEPS + 1
+    assert facts["landing_steps"] == 0 and len(facts["landing_nll_rise"]) == MOST_STEPS + 1
 
 
 def test_each_step_of_a_landing_sees_other_rows(iris: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SampleStore.open(iris.storage)
     problem = load_problem(iris, 0, store.plan)
-    whole = fitting.look_samples(iris, problem, store.plan, 4)
+    whole = looks.sample_rows(iris, problem, store.plan, 4)
     assert all(torch.equal(sample, torch.arange(problem.potential.rows)) for sample in whole)
-    monkeypatch.setattr(fitting, "LOOK_ROWS", 10)
-    samples = fitting.look_samples(iris, problem, store.plan, 4)
+    monkeypatch.setattr(looks, "LOOK_ROWS", 10)
+    samples = looks.sample_rows(iris, problem, store.plan, 4)
     assert len(samples) == MOST_STEPS + 1 and all(len(set(sample.tolist())) == 10 for sample in samples)
     assert not set(samples[0].tolist()) & set(samples[1].tolist())
     assert set(torch.cat(samples).tolist()) == set(range(problem.potential.rows))
 
 
-def test_the_landing_survives_its_file(iris: Run, tmp_path: Path) -> None:
+def test_looks_on_a_sample_are_scaled_to_all_rows(iris: Run) -> None:
+    """The mean over samples that hold every row once is the gradient, and the rise, on all rows."""
+    problem = load_problem(iris, 0, SampleStore.open(iris.storage).plan)
+    parts = [torch.arange(first, problem.potential.rows, 3) for first in range(3)]
+    assert len({len(part) for part in parts}) == 1
+    _, slope = looks.looks_of(problem, [parts[0], *parts])
+    theta = (problem.theta_star + 0.1)[None]
+    gradient, nll = problem.potential.nll_gradient(theta)
+    found = [slope(theta, number) for number in range(3)]
+    torch.testing.assert_close(sum(g for g, _ in found) / 3, gradient, rtol=1e-4, atol=1e-4)
+    rise = nll - problem.potential.nll(problem.theta_star[None])
+    torch.testing.assert_close(sum(n for _, n in found) / 3, rise, rtol=1e-4, atol=1e-4)
+
+
+def test_the_landing_survives_its_file(iris: Run) -> None:
     model, _, _ = spoiled(iris)
     model.landing.steps = 3
-    again = Residual.from_tensors(model.to_tensors(), model.chain.look)
+    again = Residual.from_tensors(model.to_tensors(), model.chain.look, model.landing.slope)
     draws = [m.draw(np.random.default_rng(1), 4) for m in (model, again)]
     assert torch.equal(*draws)
     model.landing.steps = 0

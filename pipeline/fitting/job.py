@@ -57,6 +57,8 @@ class Rows:
     """Drift so far, (b,) float64."""
     potential: np.ndarray
     """(b,) float64."""
+    nll: np.ndarray
+    """(b,) float64."""
     theta: Tensor
     """(b, D)."""
 

@@ -6,36 +6,44 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.fitting.job import Team
-from pipeline.fitting.term import MARGIN, Term
+from pipeline.fitting.term import Term
 
-MOST_STEPS = 8
+MOST_STEPS = 12
 """Each is one more look of a draw."""
+LANDED = 1.2
+"""Mean rise of the summed NLL of draws over that of the walks at which they have landed ..."""
+SLACK = 0.5
+"""... and so many nats more, which are nothing over all rows."""
 
 
 @torch.no_grad()
 def fit_landing(team: Team, model: Residual, term: Term) -> dict[str, Any]:
     """Set the number of steps of `model.landing`; returns facts for the report.
 
-    It is the first after which the mean rise of U of fresh draws is at most `MARGIN` times that of the walks, or else
-    the best.
+    It is the first after which fresh draws have landed, or else that with the lowest mean rise.
     """
     landing, star = model.landing, model.chain.theta_star
+    level = landing.level(model.radius)
     offset = model.learned(term.directions("deform-landing", 0, max(2, 4 * term.count)), model.radius)
-    last, ratios = None, [_ratio(team, term, offset + star)]
-    while ratios[-1] > MARGIN and len(ratios) <= MOST_STEPS:
-        offset, last = landing.step(offset, last, model.radius, len(ratios) - 1)
-        ratios.append(_ratio(team, term, offset + star))
-    landing.steps = min(range(len(ratios)), key=lambda steps: ratios[steps])
-    return {"landing_steps": landing.steps, "landing_rise_ratios": [r if math.isfinite(r) else None for r in ratios]}
+    last, rises = None, [_mean(team, term.nll_rise(offset + star))]
+    while rises[-1] > LANDED * level + SLACK and len(rises) <= MOST_STEPS:
+        offset, last = landing.step(offset, last, model.radius, len(rises) - 1)
+        rises.append(_mean(team, term.nll_rise(offset + star)))
+    landing.steps = min(range(len(rises)), key=lambda steps: rises[steps])
+    return {
+        "landing_steps": landing.steps,
+        "landing_nll_rise": [rise if math.isfinite(rise) else None for rise in rises],
+        "walk_nll_rise": level,
+    }
 
 
-def _ratio(team: Team, term: Term, position: torch.Tensor) -> float:
-    """Mean rise of U over that of the walks; infinite where a draw has none."""
-    rise = term.rise(position)
+def _mean(team: Team, rise: Tensor) -> float:
+    """Over the draws of all workers; infinite where a draw has no finite one."""
     sums = torch.stack([rise.sum(), torch.tensor(float(len(rise)), dtype=torch.float64)])
     team.sum([sums])
-    ratio = float(sums[0] / sums[1]) / term.walk_rise
-    return ratio if math.isfinite(ratio) else math.inf
+    mean = float(sums[0] / sums[1])
+    return mean if math.isfinite(mean) else math.inf

@@ -45,12 +45,12 @@ def load_deformation(run: Run, start: int) -> Deformation:
         model = Metric.from_tensors(tensors)
         model.radius = drawn_at(run, start, model.radius)
         return model
-    from pipeline.fitting.residual import look_of, look_samples
+    from pipeline.fitting.looks import looks_of, sample_rows
 
     store = SampleStore.open(run.storage)
     problem = load_problem(run, start, store.plan)
-    samples = look_samples(run, problem, store.plan, len(tensors["chain.marks"]))
-    model = Residual.from_tensors(tensors, look_of(problem, samples))
+    samples = sample_rows(run, problem, store.plan, len(tensors["chain.marks"]))
+    model = Residual.from_tensors(tensors, *looks_of(problem, samples))
     model.radius = drawn_at(run, start, model.radius)
     return model
 

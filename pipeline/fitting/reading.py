@@ -23,7 +23,7 @@ BEYOND = 2
 CACHE_BYTES = 256 << 20
 KEEP_BYTES = 256 << 20
 Part = TypeVar("Part")
-COLUMNS = ["walk", "radius", "potential", "status", "theta"]
+COLUMNS = ["walk", "radius", "potential", "nll", "status", "theta"]
 
 
 def keys_of(store: SampleStore, start: int, rank: int, size: int) -> list[BlockKey]:
@@ -108,7 +108,8 @@ def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) 
         keep &= columns["walk"] % size == rank
     index = np.flatnonzero(keep)
     theta = torch.from_numpy(np.ascontiguousarray(columns["theta"][index]))
-    return Rows(columns["walk"][index], columns["radius"][index].astype(np.float64), columns["potential"][index], theta)
+    radius = columns["radius"][index].astype(np.float64)
+    return Rows(columns["walk"][index], radius, columns["potential"][index], columns["nll"][index], theta)
 
 
 class Directions:
@@ -163,31 +164,32 @@ class Walks:
     Attributes:
         walk: Their numbers, (w,).
         marks: Radii, rising.
-        potential: Of each record, (w, marks), float64.
+        potential: U of each record, (w, marks), float64.
+        nll: Its summed NLL, (w, marks), float64.
     """
 
     def __init__(self, team: Team, marks: list[float], directions: Directions, theta_star: Tensor, rank: int):
         self._team, self._directions, self._star, self.marks = team, directions, theta_star, marks
         most = HELD_BYTES // (16 * rank * theta_star.element_size())
-        best: dict[int, list[tuple[float, int, float]]] = {}
+        best: dict[int, list[tuple[float, int, float, float]]] = {}
         rows = 0
         for part in team.rows():
             gaps = np.abs(part.radius[:, None] - np.asarray(marks)).tolist()
-            found = zip(part.walk.tolist(), gaps, part.potential.tolist(), strict=True)
-            for row, (walk, gap, potential) in enumerate(found, start=rows):
+            found = zip(part.walk.tolist(), gaps, part.potential.tolist(), part.nll.tolist(), strict=True)
+            for row, (walk, gap, *energy) in enumerate(found, start=rows):
                 if walk not in best and len(best) >= most:
                     continue
-                now = best.setdefault(walk, [(np.inf, -1, np.nan)] * len(marks))
-                best[walk] = [min(old, (g, row, potential)) for old, g in zip(now, gap, strict=True)]
+                now = best.setdefault(walk, [(np.inf, -1, np.nan, np.nan)] * len(marks))
+                best[walk] = [min(old, (g, row, *energy)) for old, g in zip(now, gap, strict=True)]
             rows += len(part.walk)
         self.walk = np.array(list(best), dtype=np.int64)
         self._place = {walk: place for place, walk in enumerate(best)}
         self._uses = np.zeros((rows, len(marks)), dtype=bool)
         for nearest in best.values():
-            for mark, (_, row, _) in enumerate(nearest):
+            for mark, (_, row, *_) in enumerate(nearest):
                 self._uses[row, mark] = True
-        potential = [[potential for _, _, potential in nearest] for nearest in best.values()]
-        self.potential = torch.tensor(potential, dtype=torch.float64).reshape(-1, len(marks))
+        energies = [[energy for _, _, *energy in nearest] for nearest in best.values()]
+        self.potential, self.nll = torch.tensor(energies, dtype=torch.float64).reshape(-1, len(marks), 2).unbind(2)
 
     @property
     def held(self) -> Tensor:

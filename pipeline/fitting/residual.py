@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from pipeline.bayes.deformation.basis import (
     sketch_width,
 )
 from pipeline.bayes.deformation.chain import Chain
-from pipeline.bayes.deformation.landing import Landing, Look
+from pipeline.bayes.deformation.landing import Landing
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import take_rows
@@ -28,7 +27,8 @@ from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
 from pipeline.fitting.chain import fit_chain
 from pipeline.fitting.job import FitJob, Team
-from pipeline.fitting.landing import MOST_STEPS, fit_landing
+from pipeline.fitting.landing import fit_landing
+from pipeline.fitting.looks import looks_of, sample_rows
 from pipeline.fitting.reading import Directions, Walks, marks_of
 from pipeline.fitting.remainder import fit_remainder
 from pipeline.fitting.term import Term
@@ -37,11 +37,6 @@ from pipeline.run import Run
 
 log = logging.getLogger(__name__)
 
-LOOK_ROWS = 512
-"""Training rows of one look, at most."""
-LOOK_WORK = 2e11
-"""Rows times parameters times gradients of a whole fit, at most; the rows of a look fall to fit it."""
-FEWEST_ROWS = 8
 PRODUCT_WORK = 1e11
 """Rows times parameters times directions up to which the basis is turned into curvature directions."""
 
@@ -59,8 +54,8 @@ def fit_residual(
     theta_star = problem.theta_star.detach().to("cpu", dtype)
     rank = min(run.config.deformation.rank, plan.dim)
     walks = Walks(team, marks, Directions(run, plan, problem, dtype), theta_star, rank)
-    samples = look_samples(run, problem, plan, len(marks))
-    look, found = look_of(problem, samples), team.restore()
+    samples = sample_rows(run, problem, plan, len(marks))
+    (look, slope), found = looks_of(problem, samples), team.restore()
     if found is None:
         slopes = fit_slopes(team, walks, selected)
         rng = stream(run.config.seed, "deform-basis", job.start)
@@ -73,9 +68,8 @@ def fit_residual(
         step, done = found[1]["step"], len(squares)
         log.warning("Deformation: going on from a checkpoint, %d of %d marks, step %d.", done, len(marks), step)
     fitted = fit_chain(team, walks, chain, selected, squares)
-    levels = walk_levels(team, walks, problem)
-    precision = problem.precision.detach().to("cpu", dtype)
-    landing = Landing(theta_star, precision, marks, levels, look)
+    potentials, levels = walk_levels(team, walks, problem)
+    landing = Landing(theta_star, marks, levels, slope)
     model = Residual(job.radius, free_law(run, plan, problem), chain, landing)
     facts: dict[str, Any] = {
         "basis_rank": len(chain.basis),
@@ -85,10 +79,10 @@ def fit_residual(
         "heldout_error_outside_basis": fitted.error(selected, 0.0),
         "marks": marks[: selected + 1],
         "look_rows": len(samples[0]),
-        "walk_potential_rise": levels[selected],
+        "walk_potential_rise": potentials[selected],
     }
     assert fitted.seen is not None
-    term = Term(run, problem, model, job, team, levels[selected])
+    term = Term(run, problem, model, job, team, potentials[selected])
     facts |= fit_remainder(run, job, team, model, fitted, term)
     facts |= fit_landing(team, model, term)
     facts["heldout_error"] = fitted.error(selected, facts["heldout_error_in_basis"])
@@ -177,45 +171,15 @@ def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tens
     return (turn.flip(1).T.to(basis) @ basis).contiguous()
 
 
-def walk_levels(team: Team, walks: Walks, problem: Problem) -> list[float]:
-    """Mean rise of U of the walks over theta* at each mark, in nats."""
-    star = problem.potential.value(problem.theta_star.detach()[None]).double().cpu()
-    rise = (walks.potential - star).sum(0)
-    count = torch.tensor(float(len(walks.walk)), dtype=torch.float64)
-    team.sum([rise, count])
-    return (rise / count.clamp_min(1)).clamp_min(0).tolist()
-
-
-def look_samples(run: Run, problem: Problem, plan: WalkPlan, marks: int) -> list[Tensor]:
-    """Training rows of looks: one sample for the learned steps, and others for the steps of a landing.
-
-    They are as large as the work of the fit allows. Draws that go down on few rows fit these, and not the others: hence
-    another sample at each step.
-    """
-    rows = problem.potential.rows
-    gradients = max(1, plan.walks // plan.starts) * marks**2
-    most = min(LOOK_ROWS, max(FEWEST_ROWS, int(LOOK_WORK / (gradients * plan.dim))))
-    order, size = stream(run.config.seed, "deform-look").permutation(rows), min(rows, most)
-    windows = (np.arange(j * size, (j + 1) * size) % rows for j in range(1 + MOST_STEPS))
-    return [torch.from_numpy(np.sort(order[window])) for window in windows]
-
-
-def look_of(problem: Problem, samples: list[Tensor]) -> Look:
-    """Gradient of the NLL on a sample of training rows, scaled up to all of them, less that at theta*."""
-    potential = problem.potential
+def walk_levels(team: Team, walks: Walks, problem: Problem) -> tuple[list[float], list[float]]:
+    """Mean rise over theta* at each mark, of U and of the summed NLL of the walks, in nats."""
     star = problem.theta_star.detach()[None]
-    scale = potential.rows / len(samples[0])
-    rows = [None if scale == 1 else sample.to(star.device) for sample in samples]
-
-    @cache
-    def at_star(sample: int) -> tuple[Tensor, Tensor]:
-        return potential.nll_gradient(star, rows[sample])
-
-    def look(theta: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-        sample = 0 if scale == 1 else sample
-        origin, level = at_star(sample)
-        gradient, nll = potential.nll_gradient(theta.to(star), rows[sample])
-        gradient, rise = (gradient - origin) * scale, (nll - level) * scale
-        return gradient.nan_to_num(0.0, 0.0, 0.0).to("cpu", theta.dtype), rise.to("cpu", theta.dtype)
-
-    return look
+    _, nll = problem.potential.nll_gradient(star)
+    potential, rises = nll + problem.potential.prior(star), []
+    count = torch.tensor(float(len(walks.walk)), dtype=torch.float64)
+    team.sum([count])
+    for found, at_star in ((walks.potential, potential), (walks.nll, nll)):
+        rise = (found - at_star.double().cpu()).sum(0)
+        team.sum([rise])
+        rises.append((rise / count.clamp_min(1)).clamp_min(0).tolist())
+    return rises[0], rises[1]

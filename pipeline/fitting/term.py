@@ -71,6 +71,11 @@ class Term:
         position = position.to(self._star)
         return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
 
+    def nll_rise(self, position: Tensor) -> Tensor:
+        """The same of the summed NLL."""
+        position = position.to(self._star)
+        return (self._potential.nll(position) - self._potential.nll(self._star)).double().cpu()
+
     def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0
         if self._potential.rows > TERM_ROWS:

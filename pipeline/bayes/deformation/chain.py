@@ -14,13 +14,14 @@ walks that have left the fiber are held back by their guard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pipeline.bayes.deformation.landing import Look
+Look = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Points (n, D) -> gradient of the summed NLL less that at theta* (n, D), and the rise of the NLL (n,)."""
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Chain:
 
     def looked(self, parts: list[Vector], guess: Vector, state: State | None) -> list[Vector]:
         """What a point is made of: one look at the gradient."""
-        gradient, rise = self.look(guess.full + self.theta_star, 0)
+        gradient, rise = self.look(guess.full + self.theta_star)
         rise = rise.clamp_min(0)
         brake = (rise / (rise + self.gamma)).nan_to_num(1.0).to(guess.full)[:, None]
         step = guess if state is None else guess - state.point
@@ -131,7 +132,7 @@ class Chain:
 
     def seen(self, state: State, inside: Tensor) -> Tensor:
         """What the remainder is told, (n, 2 + 4 k): the inputs of the state, and one more look, at the point itself."""
-        gradient, rise = self.look(state.point.full + self.theta_star, 0)
+        gradient, rise = self.look(state.point.full + self.theta_star)
         level = (rise.clamp_min(0) / self.gamma).log1p().nan_to_num(0.0, 0.0).to(inside)
         return torch.cat([state.inputs(inside), gradient @ self.basis.T, level[:, None]], dim=1)
 

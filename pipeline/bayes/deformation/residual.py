@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import FreeLaw
-from pipeline.bayes.deformation.chain import Chain, State
-from pipeline.bayes.deformation.landing import Landing, Look
+from pipeline.bayes.deformation.chain import Chain, Look, State
+from pipeline.bayes.deformation.landing import Landing, Slope
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.errors import InputError
 
@@ -78,12 +78,12 @@ class Residual:
         return tensors | {"radius": torch.tensor(self.radius, dtype=torch.float64)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], look: Look) -> Residual:
-        """Inverse of `to_tensors`."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], look: Look, slope: Slope) -> Residual:
+        """Inverse of `to_tensors`; what looks at the network and the data comes with them."""
         return cls(
             radius=float(tensors["radius"]),
             free=FreeLaw.from_tensors(tensors),
             chain=Chain.from_tensors(tensors, look),
-            landing=Landing.from_tensors(tensors, look),
+            landing=Landing.from_tensors(tensors, slope),
             remainder=Remainder.from_tensors(tensors),
         )
