@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.bayes.deformation.chain import Gains
@@ -15,9 +18,10 @@ from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.target import Potential
 from pipeline.build import load_problem
 from pipeline.config import parse_config
+from pipeline.errors import InputError
 from pipeline.fitting import looks
 from pipeline.fitting.fit import SerialTeam
-from pipeline.fitting.job import FitJob
+from pipeline.fitting.job import FitJob, facts_path, weights_path
 from pipeline.fitting.landing import LANDED, MOST_STEPS, SLACK, fit_landing
 from pipeline.fitting.loading import load_deformation
 from pipeline.fitting.term import Term
@@ -26,7 +30,7 @@ from pipeline.run import Run
 from pipeline.stages import deform as stage
 from pipeline.stages.select import select
 from pipeline.store import SampleStore
-from tests.runs import walked
+from tests.runs import moved, walked
 from tests.targets import softmax_classifier
 
 RADIUS = 2.0
@@ -194,3 +198,13 @@ def test_the_landing_survives_its_file(iris: Run) -> None:
     assert torch.equal(*draws)
     model.landing.steps = 0
     assert not torch.equal(model.draw(np.random.default_rng(1), 4), draws[0])
+
+
+def test_weights_without_a_landing_are_refused_with_the_way_out(iris: Run, tmp_path: Path) -> None:
+    run, path = moved(iris, tmp_path), weights_path(0)
+    old = save({name: t for name, t in load(run.storage.read(path)).items() if not name.startswith("landing.")})
+    run.storage.replace(path, old)
+    facts = run.storage.read_json(facts_path(0)) | {"weights_sha256": hashlib.sha256(old).hexdigest()}
+    run.storage.replace_json(facts_path(0), facts)
+    with pytest.raises(InputError, match="earlier version"):
+        load_deformation(run, 0)

@@ -23,7 +23,7 @@ def load_deformation(run: Run, start: int) -> Deformation:
     """The fitted model of one start.
 
     Raises:
-        InputError: The run has no deformation yet, or it was configured without one.
+        InputError: The run has no deformation yet, was configured without one, or has one of an earlier version.
     """
     path = weights_path(start)
     present = run.storage.exists(path) and run.storage.exists(facts_path(start))
@@ -45,6 +45,11 @@ def load_deformation(run: Run, start: int) -> Deformation:
         model = Metric.from_tensors(tensors)
         model.radius = drawn_at(run, start, model.radius)
         return model
+    if "landing.steps" not in tensors:
+        raise InputError(
+            f"{path} of {run.uri} was fitted by an earlier version, whose draws have no landing. Remove the folder "
+            "deformation/ and evaluation.json of the run, then run it again: the walks stay."
+        )
     from pipeline.fitting.looks import looks_of, sample_rows
 
     store = SampleStore.open(run.storage)

@@ -117,10 +117,10 @@ def check_memory(run: Run, dim: int) -> None:
 
 
 def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Add what its draws are worth: their rise of U beside the walks', and the share above the walks' 99 % level."""
+    """Add what its draws are worth: their rise of U beside the walks' at the same radius, and how many lie above 99 %."""
     problem = load_problem(run, start, store.plan)
     star = float(problem.potential.value(problem.theta_star[None])[0])
-    radius = float(facts["radius"])
+    radius = float(facts["draw_radius"])
     walk = np.concatenate([points.potential for points in store.points(radius, start=start)]) - star
     model = load_deformation(run, start)
     rise = potential_of(problem, model, run, start) - star
