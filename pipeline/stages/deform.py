@@ -117,7 +117,7 @@ def check_memory(run: Run, dim: int) -> None:
 
 
 def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Add what its draws are worth: their rise of U beside the walks' at the same radius, and how many lie above 99 %."""
+    """Add what its draws are worth: their rise of U beside the walks' at that radius, and how many lie above 99 %."""
     problem = load_problem(run, start, store.plan)
     star = float(problem.potential.value(problem.theta_star[None])[0])
     radius = float(facts["draw_radius"])
