@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_a_step_meets_the_level_where_the_nll_is_taken_as_linear() -> None:
     gradient, nll = potential.nll_gradient(offset + star)
     rise = nll - potential.nll(star[None])
     level = float(rise.median())
-    landed, _ = landing_on(potential, star, level).step(offset, None, RADIUS, 0)
+    landed = next(landing_on(potential, star, level).way_down(offset, RADIUS))
     high = rise > level
     linear = rise + (gradient * (landed - offset)).sum(1)
     torch.testing.assert_close(linear[high], torch.full((10,), level).double())
@@ -79,19 +80,37 @@ def test_on_a_round_quadratic_the_distance_follows_its_recursion() -> None:
 def test_a_step_does_not_undo_the_one_before() -> None:
     """In a valley of curvatures 1 and 30 gradients point back and forth."""
     star, h = torch.zeros(2).double(), torch.tensor([1.0, 30.0]).double()
+    level, start = 0.1, torch.tensor([[6.0, 0.6]]).double()
 
-    landing = Landing(star, [RADIUS], [0.1], lambda theta, number: (theta * h, 0.5 * theta.square() @ h))
-    offset, last, angles = torch.tensor([[6.0, 0.6]]).double(), None, []
-    for number in range(4):
-        before = last
-        offset, last = landing.step(offset, last, RADIUS, number)
-        if before is not None:
-            angles.append(float(torch.nn.functional.cosine_similarity(before, last)))
-    assert min(angles) > -1e-9
-    plain = torch.tensor([[6.0, 0.6]]).double()
-    for number in range(4):
-        plain, _ = landing.step(plain, None, RADIUS, number)
-    assert float(0.5 * offset.square() @ h) < float(0.5 * plain.square() @ h)
+    def slope(theta: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        return theta * h, 0.5 * theta.square() @ h
+
+    points = [start, *(p.clone() for p in islice(Landing(star, [RADIUS], [level], slope).way_down(start, RADIUS), 4))]
+    steps = [after - before for before, after in pairwise(points)]
+    angles = [float(torch.nn.functional.cosine_similarity(*pair)) for pair in pairwise(steps)]
+    plain, plain_angles, last = start, [], None
+    for _ in range(4):
+        gradient, rise = slope(plain, 0)
+        step = -gradient * (rise - level) / gradient.square().sum()
+        if last is not None:
+            plain_angles.append(float(torch.nn.functional.cosine_similarity(last, step)))
+        plain, last = plain + step, step
+    assert min(angles) > -1e-9 > -0.1 > min(plain_angles)
+    assert float(slope(points[-1], 0)[1]) < float(slope(plain, 0)[1])
+
+
+def test_draws_at_the_level_are_not_looked_at_again() -> None:
+    seen: list[int] = []
+
+    def slope(theta: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        seen.append(len(theta))
+        return theta, 0.5 * theta.square().sum(1)
+
+    landing = Landing(torch.zeros(1), [RADIUS], [0.5], slope, steps=5)
+    offset = torch.tensor([[0.5], [4.0], [1.0]])
+    landed = landing.land(offset, RADIUS)
+    assert seen[:2] == [3, 1] and torch.equal(landed[::2], offset[::2]) and torch.equal(offset[1], torch.tensor([4.0]))
+    torch.testing.assert_close(landed[1], landing.land(offset[1:2], RADIUS)[0])
 
 
 def test_the_level_is_straight_between_marks_and_zero_at_the_estimate() -> None:

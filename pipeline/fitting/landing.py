@@ -29,10 +29,9 @@ def fit_landing(team: Team, model: Residual, term: Term) -> dict[str, Any]:
     landing, star = model.landing, model.chain.theta_star
     level = landing.level(model.radius)
     offset = model.learned(term.directions("deform-landing", 0, max(2, 4 * term.count)), model.radius)
-    last, rises = None, [_mean(team, term.nll_rise(offset + star))]
+    rises, way_down = [_mean(team, term.nll_rise(offset + star))], landing.way_down(offset, model.radius)
     while rises[-1] > LANDED * level + SLACK and len(rises) <= MOST_STEPS:
-        offset, last = landing.step(offset, last, model.radius, len(rises) - 1)
-        rises.append(_mean(team, term.nll_rise(offset + star)))
+        rises.append(_mean(team, term.nll_rise(next(way_down) + star)))
     landing.steps = min(range(len(rises)), key=lambda steps: rises[steps])
     return {
         "landing_steps": landing.steps,

@@ -14,8 +14,9 @@ when the model is fitted: nothing is iterated until it converges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -47,18 +48,23 @@ class Landing:
 
     def land(self, offset: Tensor, radius: float) -> Tensor:
         """Displacements from theta* (n, D) after the last step."""
-        last = None
-        for number in range(self.steps):
-            offset, last = self.step(offset, last, radius, number)
+        for landed in islice(self.way_down(offset, radius), self.steps):
+            offset = landed
         return offset
 
-    def step(self, offset: Tensor, last: Tensor | None, radius: float, number: int) -> tuple[Tensor, Tensor]:
-        """One step: displacements, and the direction d that led there; `last` is that of the step before."""
-        gradient, rise = self.slope(offset + self.theta_star, number)
-        direction = gradient if last is None else _not_back(gradient, last)
-        size = (rise - self.level(radius)).clamp_min(0) / direction.square().sum(1)
-        size = size.nan_to_num(0.0, 0.0, 0.0).to(offset)
-        return torch.addcmul(offset, direction, size[:, None], value=-1), direction
+    def way_down(self, offset: Tensor, radius: float) -> Iterator[Tensor]:
+        """Displacements after each step, without end, in the same memory; those at the level are not looked at again."""
+        offset, level, last = offset.clone(), self.level(radius), None
+        high = torch.arange(len(offset))
+        for number in count():
+            if len(high):
+                gradient, rise = self.slope(offset[high] + self.theta_star, number)
+                above = rise > level
+                high, gradient, excess = high[above], gradient[above], rise[above] - level
+                last = gradient if last is None else _not_back(gradient, last[above])
+                size = (excess / last.square().sum(1)).nan_to_num(0.0, 0.0, 0.0).to(offset)
+                offset[high] -= last * size[:, None]
+            yield offset
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file; theta* is in that of the chain."""
