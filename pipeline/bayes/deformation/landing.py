@@ -53,7 +53,7 @@ class Landing:
         return offset
 
     def way_down(self, offset: Tensor, radius: float) -> Iterator[Tensor]:
-        """Displacements after each step, without end, in the same memory; those at the level are not looked at again."""
+        """Displacements after each step, in the same memory; those at the level are not looked at again."""
         offset, level, last = offset.clone(), self.level(radius), None
         high = torch.arange(len(offset))
         for number in count():
