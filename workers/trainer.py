@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
 from pipeline.fitting.job import FitJob, Rows, batch_rows
-from pipeline.fitting.reading import Kept, by_walk, keys_of, rows_bytes, stored_rows, to_rows
+from pipeline.fitting.reading import by_walk, keys_of, stored_rows, to_rows
 from pipeline.plan import BlockKey
 from pipeline.run import Run
 from pipeline.storage import Storage
@@ -126,7 +126,6 @@ class RayTeam:
         store = SampleStore.open(run.storage)
         self._shared, self._batch = by_walk(store, job.start, size), batch_rows(store.plan.dim)
         self._empty = not keys_of(store, job.start, rank, size)
-        self._kept = Kept(self._read, rows_bytes)
 
     def sum(self, tensors: list[Tensor]) -> None:
         """All-reduce, one tensor after the other."""
@@ -136,9 +135,6 @@ class RayTeam:
 
     def rows(self) -> Iterator[Rows]:
         """Batches of this worker's own stream, in the order of the blocks."""
-        return iter(self._kept)
-
-    def _read(self) -> Iterator[Rows]:
         if self._empty:
             return
         stream = cast(Any, ray.train.get_dataset_shard(_points(self.rank)))

@@ -13,7 +13,7 @@ from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.build import load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.job import FitJob, Rows, Team, facts_path
-from pipeline.fitting.reading import Kept, by_walk, keys_of, rows_bytes, stored_rows, to_rows
+from pipeline.fitting.reading import by_walk, keys_of, stored_rows, to_rows
 from pipeline.fitting.residual import fit_residual
 from pipeline.run import Run
 from pipeline.store import SampleStore
@@ -71,16 +71,12 @@ class SerialTeam:
         self._store = SampleStore.open(run.storage)
         self._keys = keys_of(self._store, job.start, 0, 1)
         self._checkpoint = f"{job.scratch}/serial.safetensors"
-        self._kept = Kept(self._read, rows_bytes)
 
     def sum(self, tensors: list[Tensor]) -> None:
         """Nothing to add."""
 
     def rows(self) -> Iterator[Rows]:
         """See `Team.rows`."""
-        return iter(self._kept)
-
-    def _read(self) -> Iterator[Rows]:
         for columns in stored_rows(self._store, self._keys):
             yield to_rows(columns, 0, 1, by_walk(self._store, self._job.start, 1))
 

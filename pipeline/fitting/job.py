@@ -62,6 +62,11 @@ class Rows:
     theta: Tensor
     """(b, D)."""
 
+    def take(self, index: np.ndarray) -> Rows:
+        """Some of them."""
+        energies = self.potential[index], self.nll[index]
+        return Rows(self.walk[index], self.radius[index], *energies, self.theta[index])
+
 
 class Team(Protocol):
     """The workers of one fit, seen from one of them."""

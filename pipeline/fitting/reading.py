@@ -96,11 +96,6 @@ class KeptPoints:
         return iter(self._kept[radius])
 
 
-def rows_bytes(rows: Rows) -> int:
-    """Bytes of the positions of a batch, which are all that counts."""
-    return rows.theta.nbytes
-
-
 def to_rows(columns: dict[str, np.ndarray], rank: int, size: int, shared: bool) -> Rows:
     """This worker's points of a batch, diverged ones left out."""
     keep = columns["status"] != "diverged"
@@ -189,6 +184,7 @@ class Walks:
             for mark, (_, row, *_) in enumerate(nearest):
                 self._uses[row, mark] = True
         energies = [[energy for _, _, *energy in nearest] for nearest in best.values()]
+        self._parts = Kept(self._used, lambda part: part[0].theta.nbytes)
         self.potential, self.nll = torch.tensor(energies, dtype=torch.float64).reshape(-1, len(marks), 2).unbind(2)
 
     @property
@@ -196,12 +192,19 @@ class Walks:
         """Which walks are kept for judging, (w,) bool."""
         return torch.from_numpy(is_held_out(self.walk))
 
-    def at(self, mark: int) -> Iterator[Points]:
-        """One pass over the points at a mark."""
+    def _used(self) -> Iterator[tuple[Rows, np.ndarray]]:
+        """Records that are nearest to a mark, b of them, and to which, (b, marks): of a path most lie between marks."""
         first = 0
         for rows in self._team.rows():
-            index = np.flatnonzero(self._uses[first : first + len(rows.walk), mark])
+            uses = self._uses[first : first + len(rows.walk)]
             first += len(rows.walk)
+            index = np.flatnonzero(uses.any(axis=1))
+            yield rows.take(index), uses[index]
+
+    def at(self, mark: int) -> Iterator[Points]:
+        """One pass over the points at a mark."""
+        for rows, uses in self._parts:
+            index = np.flatnonzero(uses[:, mark])
             if len(index):
                 walks = rows.walk[index]
                 yield Points(
