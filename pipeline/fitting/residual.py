@@ -175,11 +175,10 @@ def walk_levels(team: Team, walks: Walks, problem: Problem) -> tuple[list[float]
     """Mean rise over theta* at each mark, of U and of the summed NLL of the walks, in nats."""
     star = problem.theta_star.detach()[None]
     _, nll = problem.potential.nll_gradient(star)
-    potential, rises = nll + problem.potential.prior(star), []
+    potential = nll + problem.potential.prior(star)
+    found = ((walks.potential, potential), (walks.nll, nll))
     count = torch.tensor(float(len(walks.walk)), dtype=torch.float64)
-    team.sum([count])
-    for found, at_star in ((walks.potential, potential), (walks.nll, nll)):
-        rise = (found - at_star.double().cpu()).sum(0)
-        team.sum([rise])
-        rises.append((rise / count.clamp_min(1)).clamp_min(0).tolist())
-    return rises[0], rises[1]
+    sums = [(energy - at_star.double().cpu()).sum(0) for energy, at_star in found]
+    team.sum([count, *sums])
+    of_potential, of_nll = ((rise / count.clamp_min(1)).clamp_min(0).tolist() for rise in sums)
+    return of_potential, of_nll

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,13 +69,14 @@ class Term:
 
     def rise(self, position: Tensor) -> Tensor:
         """Exact rise of U over theta* on all training rows at positions (n, D), (n,)."""
-        position = position.to(self._star)
-        return (self._potential.value(position) - self._potential.value(self._star)).double().cpu()
+        return self._over_star(self._potential.value, position)
 
     def nll_rise(self, position: Tensor) -> Tensor:
         """The same of the summed NLL."""
-        position = position.to(self._star)
-        return (self._potential.nll(position) - self._potential.nll(self._star)).double().cpu()
+        return self._over_star(self._potential.nll, position)
+
+    def _over_star(self, energy: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
+        return (energy(position.to(self._star)) - energy(self._star)).double().cpu()
 
     def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0

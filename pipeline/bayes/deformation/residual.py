@@ -1,6 +1,6 @@
 r"""The default kind: a random direction is carried along the fiber in a few learned steps.
 
-$$\phi(d, r) = \mathrm{land}_r(\theta^* + p_r(d) + U' h(x(d), r))$$
+$$\phi(d, r) = \theta^* + \mathrm{land}_r(p_r(d) + U' h(x(d), r))$$
 
 p is what `chain` makes of the direction, a few looks at the gradient; U an orthonormal basis, x what the chain saw last
 and the gradient at p itself, h a nonlinear remainder near the selected radius; and `landing` takes what lies higher
