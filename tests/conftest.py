@@ -19,17 +19,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved by whatever else the machine does
 
+FIRST = ("test_submit", "test_resume", "test_faults", "test_secrets", "test_own_networks", "test_evaluate")
+"""Modules that take longest, in the order in which workers begin them."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tell parallel workers (`-n 2 --dist loadgroup`) what belongs together: modules, and all that needs a service.
 
-    Ray and the S3 server are started by one worker only.
+    Ray and the S3 server are started by one worker only; jobs, which bring a cluster of their own, have another server.
+    The longest begin first: what begins last decides when all end.
     """
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
         shared = {"ray_cluster", "s3_server"} & set(getattr(item, "fixturenames", ()))
         marked = any(item.get_closest_marker(name) for name in ("ray", "s3"))
-        item.add_marker(pytest.mark.xdist_group("services" if shared or marked else item.path.stem))
+        own = item.path.stem == "test_submit" or not (shared or marked)
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if own else "services"))
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +46,7 @@ def ray_cluster() -> Iterator[Any]:
 
     folder = tempfile.mkdtemp(prefix="fwray-")  # short: Ray puts sockets there, and their paths are limited
     head = {"num_cpus": 4, "include_dashboard": False, "temp_dir": folder, "object_store_memory": 300 * 2**20}
+    Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, and makes it only for itself
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
     yield cluster
