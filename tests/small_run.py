@@ -31,10 +31,11 @@ TRAINED: dict[str, Any] = {
     "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
     "model": {"hidden": [6]},
     "map": {"steps": 300},
-    "walk": {"walks": 40, "walks_per_shard": 10, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "prior": {"precision": 0.1},
+    "walk": {"walks": 40, "walks_per_shard": 10, "length": 20.0, "steps": 20, "record_every": 5, "correction": "plain"},
     "deformation": {"rank": 8, "hidden": [16], "steps": 60, "workers": 2},
 }
-"""A run for tests of Ray Train."""
+"""A run for tests of Ray Train: walks that bend, so that learned steps leave something to train for."""
 
 
 @functools.cache

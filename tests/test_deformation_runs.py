@@ -54,7 +54,8 @@ IRIS = {
     "data": {"source": "sklearn:iris", "validation": 0.2, "test": 0.2},
     "model": {"hidden": [6]},
     "map": {"starts": 2, "steps": 300},
-    "walk": {"walks": 48, "walks_per_shard": 12, "length": 3.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "prior": {"precision": 0.1},
+    "walk": {"walks": 48, "walks_per_shard": 12, "length": 20.0, "steps": 20, "record_every": 5, "correction": "plain"},
     "deformation": {"rank": 8, "hidden": [16], "steps": 60},
     "evaluation": {"draws": 8},
 }
@@ -148,10 +149,10 @@ def test_weights_survive_their_file(iris: Run) -> None:
 
 def test_draws_at_any_recorded_radius_and_no_other(iris: Run) -> None:
     posterior = Posterior(iris)
-    for radius in (0.2, 1.1, 3.0):
+    for radius in (0.2, 1.1, 20.0):
         assert torch.isfinite(posterior.draw(4, radius=radius)).all()
-    with pytest.raises(InputError, match="at most 3"):
-        posterior.draw(4, radius=3.5)
+    with pytest.raises(InputError, match="at most 20"):
+        posterior.draw(4, radius=20.5)
     with pytest.raises(InputError, match="at least 1"):
         posterior.draw(0)
 

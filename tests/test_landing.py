@@ -156,7 +156,7 @@ def spoiled(run: Run) -> tuple[Residual, Term, SerialTeam]:
     store = SampleStore.open(run.storage)
     job = FitJob(0, model.radius, store.digest())
     team = SerialTeam(run, job)
-    return model, Term(run, load_problem(run, 0, store.plan), model, job, team, 1.0), team
+    return model, Term(run, load_problem(run, 0, store.plan), model, job, team, 1.0, 100), team
 
 
 def test_draws_that_fit_worse_than_walks_land_at_their_level(iris: Run) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.fitting.job import Team
 from pipeline.fitting.term import Term
+from pipeline.fitting.work import JUDGED
 
 MOST_STEPS = 12
 """Each is one more look of a draw."""
@@ -28,7 +29,7 @@ def fit_landing(team: Team, model: Residual, term: Term) -> dict[str, Any]:
     """
     landing, star = model.landing, model.chain.theta_star
     level = landing.level(model.radius)
-    offset = model.learned(term.directions("deform-landing", 0, max(2, 4 * term.count)), model.radius)
+    offset = model.learned(term.directions("deform-landing", 0, max(2, JUDGED * term.count)), model.radius)
     rises, way_down = [_mean(team, term.nll_rise(offset + star))], landing.way_down(offset, model.radius)
     while rises[-1] > LANDED * level + SLACK and len(rises) <= MOST_STEPS:
         rises.append(_mean(team, term.nll_rise(next(way_down) + star)))

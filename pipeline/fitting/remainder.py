@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.fitting.chain import Fitted, Seen
 from pipeline.fitting.job import FitJob, Team
-from pipeline.fitting.term import FRESH, MARGIN, TERM_WORK, Judge, Term
+from pipeline.fitting.term import MARGIN, Judge, Term
 from pipeline.plan import stream
 from pipeline.run import Run
 from pipeline.streams import torch_generator
@@ -28,15 +27,12 @@ WEIGHT = 1.0
 LARGEST_WEIGHT = 4.0
 GROWTH, FALL = 1.6, 0.8
 """How `auto` changes the weight at each judgement, while draws lie above or near the walks."""
-CHECKS = 20
-"""Times that a training is judged."""
 SAVE_EVERY = 4
 """Judgements between checkpoints."""
 PATIENCE = 12
 """Judgements without progress after which it stops."""
-GENERAL_STEPS = 150
-"""Training steps at most for networks without batched passes: a step asks for some 160 gradients, and one of a
-recurrent network takes tens of milliseconds."""
+LEARNED = 0.005
+"""Score of the chain alone at which nothing is left to gain."""
 LEARNING_RATE = 3e-3
 DECAY = 1e-2
 
@@ -46,9 +42,7 @@ def fit_remainder(run: Run, job: FitJob, team: Team, model: Residual, fitted: Fi
     settings, seen = run.config.deformation, fitted.seen
     assert seen is not None
     sums = _sums(team, seen)
-    steps = _steps(settings.steps, model.dim * (1 + len(model.chain.marks)))
-    if parse_chain(term.network.module, model.dim) is None:
-        steps = min(steps, GENERAL_STEPS)
+    steps = term.work.steps
     facts: dict[str, Any] = {"steps": steps}
     if not steps or sums["count"] < 2:
         return facts | {"heldout_error_in_basis": sums["error"], "remainder": False, "curve": []}
@@ -76,12 +70,14 @@ def _train(
     optimiser = torch.optim.AdamW(remainder.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
     best = {name: value.clone() for name, value in remainder.state_dict().items()}
     first, curve, found = 0, [judge(remainder, 0)], team.restore()
+    if curve[0]["score"] <= LEARNED:
+        return curve
     if found is not None and found[1]["step"]:
         first, curve = int(found[1]["step"]), list(found[1]["curve"])
         best = _load(found[0], remainder, optimiser)
     wrapped = team.wrap(remainder)
     remainder.train()
-    every = max(1, steps // CHECKS)
+    every = max(1, steps // term.work.checks)
     for step in range(first, steps):
         _set_rate(optimiser, step, steps)
         loss = _loss(run, job, team, wrapped, remainder, term, judge, step, weight_after(run, curve))
@@ -107,7 +103,8 @@ def _train(
 def _set_rate(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
     """A short rise, then half a cosine down to zero."""
     for group in optimiser.param_groups:
-        group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rise = min(50, 1 + steps // 4)
+        group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def weight_after(run: Run, curve: list[dict[str, Any]]) -> float:
@@ -169,11 +166,6 @@ def _sums(team: Team, seen: Seen) -> dict[str, Any]:
     std = (sums[2] / max(count, 1) - mean.square()).clamp_min(0).sqrt()
     error = float(errors[0] / errors[1]) if float(errors[1]) > 0 else None
     return {"count": count, "mean": mean, "std": std, "rms": math.sqrt(float(sums[3]) / max(count, 1)), "error": error}
-
-
-def _steps(wanted: int, dim: int) -> int:
-    """Training steps: fewer where one fresh direction is long."""
-    return min(wanted, max(CHECKS, int(TERM_WORK / (FRESH * dim)))) if wanted else 0
 
 
 def _new(run: Run, job: FitJob, model: Residual, seen: Seen, sums: dict[str, Any], hidden: Any) -> Remainder:

@@ -82,7 +82,7 @@ def fit_residual(
         "walk_potential_rise": potentials[selected],
     }
     assert fitted.seen is not None
-    term = Term(run, problem, model, job, team, potentials[selected])
+    term = Term(run, problem, model, job, team, potentials[selected], len(samples[0]))
     facts |= fit_remainder(run, job, team, model, fitted, term)
     facts |= fit_landing(team, model, term)
     facts["heldout_error"] = fitted.error(selected, facts["heldout_error_in_basis"])

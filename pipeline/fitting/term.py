@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
+from pipeline.bayes.target import Potential
+from pipeline.bayes.trees import take_rows
 from pipeline.build import Problem
 from pipeline.fitting.chain import Seen
 from pipeline.fitting.job import FitJob, Team
+from pipeline.fitting.work import JUDGED, Work
 from pipeline.plan import stream
 from pipeline.run import Run
 
-FRESH = 32
-"""Fresh directions of a step for the likelihood term, over all workers, at most."""
-TERM_ROWS = 512
-"""Training rows that the likelihood term looks at in one step, at most."""
-TERM_WORK = 4e9
-"""Fresh directions times D of a whole training, at most; the steps fall to fit it."""
 MARGIN = 1.1
 """The likelihood term is silent while draws rise less than this many times the walks: a limit, not a goal."""
 SCORE_WEIGHT = 1.0
@@ -32,11 +29,15 @@ SCORE_WEIGHT = 1.0
 class Term:
     """The likelihood term: how far fresh draws lie above the walks, and which way down is."""
 
-    def __init__(self, run: Run, problem: Problem, model: Residual, job: FitJob, team: Team, walk_rise: float):
+    def __init__(
+        self, run: Run, problem: Problem, model: Residual, job: FitJob, team: Team, walk_rise: float, look_rows: int
+    ):
         self._potential, self.model, self._job, self._team = problem.potential, model, job, team
-        self.network = problem.network
         self._seed, self.walk_rise = run.config.seed, max(walk_rise, 1e-6)
-        self.count = max(1, min(FRESH, int(TERM_WORK / 1000 / problem.network.dim)) // team.size)
+        looks = model.chain.above(model.radius) + 2  # one at each mark, and one more for the remainder
+        self.work = Work.of(problem.potential, look_rows, looks, run.config.deformation.steps)
+        self.count = max(1, self.work.fresh // team.size)
+        self._judged, self._judged_share = self._part(self.work.judged)
         self._star = problem.theta_star.detach()[None]
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
@@ -68,22 +69,31 @@ class Term:
         return self.model.free.directions(rng, count, self.model.chain.basis.dtype)
 
     def rise(self, position: Tensor) -> Tensor:
-        """Exact rise of U over theta* on all training rows at positions (n, D), (n,)."""
-        return self._over_star(self._potential.value, position)
+        """Rise of U over theta* at positions (n, D), (n,): exact, or where that is much work from a sample of rows."""
+        prior = self._potential.prior(position.to(self._star)) - self._potential.prior(self._star)
+        return self.nll_rise(position) + prior.double().cpu()
 
     def nll_rise(self, position: Tensor) -> Tensor:
         """The same of the summed NLL."""
-        return self._over_star(self._potential.nll, position)
+        nll = self._judged.nll
+        return (nll(position.to(self._star)) - nll(self._star)).double().cpu() / self._judged_share
 
-    def _over_star(self, energy: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
-        return (energy(position.to(self._star)) - energy(self._star)).double().cpu()
+    def _part(self, count: int) -> tuple[Potential, float]:
+        """The potential of so many training rows, always the same, and their share of all."""
+        whole = self._potential
+        if count == whole.rows:
+            return whole, 1.0
+        order = stream(self._seed, "deform-judged", self._job.start).choice(whole.rows, count, replace=False)
+        rows = torch.from_numpy(np.sort(order)).to(self._star.device)
+        x, y = take_rows(whole.x, rows), whole.y[rows.to(whole.y.device)]
+        return Potential(whole.network, whole.likelihood, whole.precision, x, y), count / whole.rows
 
     def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0
-        if self._potential.rows > TERM_ROWS:
+        if self._potential.rows > self.work.rows:
             rng = stream(self._seed, "deform-rows", self._job.start, step)
-            index = rng.choice(self._potential.rows, TERM_ROWS, replace=False)
-            rows, scale = torch.as_tensor(index, device=position.device), self._potential.rows / TERM_ROWS
+            index = rng.choice(self._potential.rows, self.work.rows, replace=False)
+            rows, scale = torch.as_tensor(index, device=position.device), self._potential.rows / self.work.rows
         gradient, nll = self._potential.nll_gradient(position, rows)
         _, star = self._potential.nll_gradient(self._star, rows)
         prior = self._potential.prior(position) - self._potential.prior(self._star)
@@ -97,7 +107,7 @@ class Judge:
     def __init__(self, team: Team, term: Term, seen: Seen):
         self.seen, self.train = seen, torch.nonzero(~seen.held)[:, 0]
         self._team, self._term = team, term
-        self._base, self._inputs = term.draws("deform-judge", 0, max(2, 4 * term.count))
+        self._base, self._inputs = term.draws("deform-judge", 0, max(2, JUDGED * term.count))
 
     @torch.no_grad()
     def __call__(self, remainder: Remainder, step: int) -> dict[str, Any]:
