@@ -30,6 +30,8 @@ CHECKS, FEWEST_CHECKS = 20, 5
 JUDGED = 4
 """Draws that judge a training, for each fresh direction of a step."""
 FEWEST_JUDGED_ROWS = 256
+JUDGED_ALONE = 3
+"""Judged draws pass forward one after the other, which takes as long as gradients of many together."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,15 @@ class Work:
             wanted: Steps, at most.
         """
         row, dim, most_rows = row_operations(potential), potential.network.dim, potential.rows
-        step, judgement = OPERATIONS / FEWEST_STEPS, OPERATIONS / 4 / FEWEST_CHECKS
+        step, judgements = OPERATIONS / FEWEST_STEPS, OPERATIONS / 4 / JUDGED_ALONE
         term_rows = min(TERM_ROWS, most_rows)
         seen = look_rows * looks
         fresh = _within(step / (3 * row * (seen + term_rows)), FEWEST_FRESH, FRESH)
         fresh = min(fresh, max(1, int(NUMBERS / dim)))
         term_rows = _within(step / (3 * row * fresh) - seen, min(FEWEST_ROWS, term_rows), term_rows)
-        judged = _within(judgement / (JUDGED * fresh * row), min(FEWEST_JUDGED_ROWS, most_rows), most_rows)
-        checks = _within(OPERATIONS / 4 / (JUDGED * fresh * row * judged), FEWEST_CHECKS, CHECKS)
+        judged = judgements / FEWEST_CHECKS / (JUDGED * fresh * row)
+        judged = _within(judged, min(FEWEST_JUDGED_ROWS, most_rows), most_rows)
+        checks = _within(judgements / (JUDGED * fresh * row * judged), FEWEST_CHECKS, CHECKS)
         steps = _within(OPERATIONS / (3 * row * fresh * (seen + term_rows)), min(wanted, FEWEST_STEPS), wanted)
         if parse_chain(potential.network.module, dim) is None:
             steps = min(steps, GENERAL_STEPS)
