@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from pipeline.bayes.deformation.chain import Gains
+from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.config import parse_config
@@ -55,7 +56,7 @@ IRIS = {
     "model": {"hidden": [6]},
     "map": {"starts": 2, "steps": 300},
     "prior": {"precision": 0.1},
-    "walk": {"walks": 48, "walks_per_shard": 12, "length": 20.0, "steps": 20, "record_every": 5, "correction": "plain"},
+    "walk": {"walks": 48, "walks_per_shard": 12, "length": 20.0, "steps": 20, "record_every": 2, "correction": "plain"},
     "deformation": {"rank": 8, "hidden": [16], "steps": 60},
     "evaluation": {"draws": 8},
 }
@@ -229,6 +230,31 @@ def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Pa
     before, after = load(iris.storage.read(job.weights)), load(run.storage.read(job.weights))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_gaussian_of_the_points_draws_where_what_was_learned_predicts_worse(
+    iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the driver was killed after the facts of the first start."""
+    assert summary(iris)["drawn_by"] == "learned"
+    run = moved(iris, tmp_path)
+    draw = Residual.draw
+    monkeypatch.setattr(stage, "next_radius", lambda *_: None)
+    monkeypatch.setattr(Residual, "draw", lambda *of: torch.zeros_like(draw(*of)))
+    found = []
+    for _ in range(2):
+        run.storage.delete("deformation/deformation.json")
+        stage.deform(run, stage.train_in_process, LogProgress())
+        found.append(summary(run))
+        run.storage.replace_json(facts_path(1), run.storage.read_json(facts_path(1)) | {"drawn_by": "learned"})
+    assert found[0] == found[1] and found[0]["drawn_by"] == "gaussian"
+    assert found[0]["learned_validation_nll"] > found[0]["gaussian_validation_nll"] + 0.1
+    model, radius = load_deformation(run, 0), found[0]["radius"]
+    points = np.concatenate([p.theta for p in SampleStore.open(run.storage).points(radius, start=0)]).astype(float)
+    assert isinstance(model, Gaussian) and model.walks == len(points)
+    span, mean = np.linalg.svd(points - points.mean(0))[2][: len(points) - 1], points.mean(0)
+    drawn = model.draw(np.random.default_rng(0), 5).double().numpy() - mean
+    assert np.linalg.norm(drawn - drawn @ span.T @ span) < 1e-3 * np.linalg.norm(drawn)
 
 
 def test_kind_none_does_nothing(iris_walks: Run, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.fitting import looks
 from pipeline.fitting.fit import SerialTeam
 from pipeline.fitting.job import FitJob, facts_path, weights_path
 from pipeline.fitting.landing import LANDED, MOST_STEPS, SLACK, fit_landing
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import load_deformation, load_learned
 from pipeline.fitting.term import Term
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -146,7 +146,7 @@ def iris(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def spoiled(run: Run) -> tuple[Residual, Term, SerialTeam]:
     """The model of a run with learned steps that keep the free displacement: its draws lie far too high."""
-    model = load_deformation(run, 0)
+    model = load_learned(run, 0)
     assert isinstance(model, Residual)
     after = [Gains(torch.zeros_like(g.inside), torch.zeros_like(g.outside)) for g in model.chain.after]
     for gains in after:

@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation
-from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.gaussian import Gaussian, Points
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
@@ -20,10 +20,25 @@ from pipeline.store import SampleStore
 
 
 def load_deformation(run: Run, start: int) -> Deformation:
-    """The fitted model of one start.
+    """What draws for one start: the fitted model, or a Gaussian where `stages.fall_back` has preferred it.
 
     Raises:
         InputError: The run has no deformation yet, was configured without one, or has one of an earlier version.
+    """
+    model = load_learned(run, start)
+    facts = run.storage.read_json(facts_path(start))
+    if facts.get("drawn_by") != "gaussian" or isinstance(model, Gaussian):
+        return model
+    points = _points(run, start)
+    walks = sum(len(batch) for batch in points(float(facts["draw_radius"])))
+    return Gaussian(float(facts["draw_radius"]), model.dim, walks, KeptPoints(points))
+
+
+def load_learned(run: Run, start: int) -> Deformation:
+    """The fitted model of one start.
+
+    Raises:
+        InputError: As `load_deformation`.
     """
     path = weights_path(start)
     present = run.storage.exists(path) and run.storage.exists(facts_path(start))
@@ -33,12 +48,7 @@ def load_deformation(run: Run, start: int) -> Deformation:
         )
     tensors = load(run.storage.read_checked(path, run.storage.read_json(facts_path(start))["weights_sha256"]))
     if "gaussian" in tensors:
-        store = SampleStore.open(run.storage)
-
-        def points(radius: float) -> Iterator[Tensor]:
-            return (torch.from_numpy(p.theta) for p in store.points(radius, start=start))
-
-        return Gaussian.from_tensors(tensors, KeptPoints(points))
+        return Gaussian.from_tensors(tensors, KeptPoints(_points(run, start)))
     if "metric.radius" in tensors:
         from pipeline.bayes.deformation.metric import Metric
 
@@ -58,6 +68,16 @@ def load_deformation(run: Run, start: int) -> Deformation:
     model = Residual.from_tensors(tensors, *looks_of(problem, samples))
     model.radius = drawn_at(run, start, model.radius)
     return model
+
+
+def _points(run: Run, start: int) -> Points:
+    """The walks' points at any recorded radius."""
+    store = SampleStore.open(run.storage)
+
+    def points(radius: float) -> Iterator[Tensor]:
+        return (torch.from_numpy(p.theta) for p in store.points(radius, start=start))
+
+    return points
 
 
 def drawn_at(run: Run, start: int, otherwise: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, facts_path, memory_estimate
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import load_deformation, load_learned
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
 from pipeline.stages.draw_radius import choose_draw_radius
+from pipeline.stages.fall_back import choose_source
 from pipeline.stages.learned_radius import learned_radius, next_radius
 from pipeline.store import SampleStore
 
@@ -61,9 +63,18 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
             jobs = _jobs(run, store, digest, selected)
             _fit(run, trainer, report, jobs)
             tuned = _tune(run, store, jobs, choice)
+        models = [load_learned(run, job.start) for job in jobs]
+        tuned |= choose_source(run, store, store.plan, models, selected, tuned["draw_radius"])
+        if tuned["drawn_by"] == "gaussian":
+            report.note(
+                "What was learned predicts worse on validation rows than a Gaussian of the walks' points "
+                f"({tuned['learned_validation_nll'] or math.inf:.4f} and {tuned['gaussian_validation_nll']:.4f}): that "
+                "one draws. More walks help."
+            )
     found = []
     for job in jobs:
         facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
+        facts["drawn_by"] = tuned.get("drawn_by", "gaussian")
         run.storage.replace_json(facts_path(job.start), facts)
         found.append(judge(run, store, job.start, facts))
     summary = summarise(run, selected, digest, found) | {"learned_to": jobs[0].radius} | tuned
@@ -89,7 +100,7 @@ def _fit(run: Run, trainer: Trainer, report: Progress, jobs: list[FitJob]) -> No
 
 def _tune(run: Run, store: SampleStore, jobs: list[FitJob], choice: dict[str, Any]) -> dict[str, Any]:
     """How far out to draw, at most up to where the models have learned."""
-    models = [load_deformation(run, job.start) for job in jobs]
+    models = [load_learned(run, job.start) for job in jobs]
     return choose_draw_radius(run, store.plan, models, choice | {"radius": jobs[0].radius})
 
 

@@ -46,13 +46,13 @@ def choose_draw_radius(run: Run, plan: WalkPlan, models: list[Deformation], choi
     radii = [share * float(choice["radius"]) for share in shares]
     curve: list[dict[str, Any]] = []
     if by_validation:
-        scores = paired_scores(np.stack([c.validation_rows(_draws(c, models, radius)) for radius in radii]))
+        scores = paired_scores(np.stack([c.validation_rows(draws_at(c, models, radius)) for radius in radii]))
         curve = [{"radius": radius} | score for radius, score in zip(radii, scores, strict=True)]
         chosen = _furthest(curve)
     else:
         limit = SPARE * max(c.gamma / 2, (walks_at_radius(choice)["nll_rise"] or 0.0))
         for radius in radii:
-            curve.append({"radius": radius, "nll_rise": finite_or_none(c.average_rise(_draws(c, models, radius)))})
+            curve.append({"radius": radius, "nll_rise": finite_or_none(c.average_rise(draws_at(c, models, radius)))})
             if curve[-1]["nll_rise"] is not None and curve[-1]["nll_rise"] <= limit:
                 break
         chosen = float(curve[-1]["radius"])
@@ -70,8 +70,8 @@ def _furthest(curve: list[dict[str, Any]]) -> float:
     return float(rising[not_worse(scores, np.maximum(errors, equal))]["radius"])
 
 
-def _draws(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:
-    """The same random numbers at every radius."""
+def draws_at(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:
+    """Learned draws of all starts, (start, (n, D)): the same random numbers at every radius."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         rng = stream(c.run.config.seed, "deform-radius", start)
         for first in range(0, share, c.batch()):

@@ -23,7 +23,7 @@ from pipeline.bayes.trees import to_tensors
 from pipeline.build import Problem
 from pipeline.fitting.fit import facts_path, train_in_process
 from pipeline.fitting.job import FitJob
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import load_learned
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run, load_run
@@ -113,7 +113,7 @@ def print_lines(original: Run, kinds: list[str], draws: int) -> None:
             control = nll
             walks = test_nll(run, posterior, *walk_points(run, posterior.radius, posterior.shares, draws))
             print(line("walk", walks, control, facts["walk_potential_rise"]))
-        model, rng = load_deformation(run, 0), np.random.default_rng(0)
+        model, rng = load_learned(run, 0), np.random.default_rng(0)
         speed = per_second(lambda m=model, r=rng: m.draw(r, 256), 256)
         linear = run.storage.read_json(facts_path(0)).get("heldout_error_linear")
         errors = " | ".join("" if e is None else f"{e:.3f}" for e in (facts["heldout_error"], linear))
