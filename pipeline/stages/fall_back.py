@@ -19,15 +19,14 @@ from pipeline.stages.methods import Unavailable, gaussian_draws
 from pipeline.stages.select import paired_scores
 from pipeline.store import SampleStore
 
-ERRORS = 2.0
-
 
 def choose_source(
     run: Run, store: SampleStore, plan: WalkPlan, models: list[Deformation], selected: float, drawn_at: float
 ) -> dict[str, Any]:
     """Classification with validation rows: the Gaussian at the walks' radius, if learned draws are surely worse.
 
-    Surely: by more than `ERRORS` standard errors of the paired difference and than `EQUAL`. Test rows are never seen.
+    Surely: by more than one standard error of the paired difference and than `EQUAL`, as for radii. No test row is
+    seen.
 
     Args:
         run: The run.
@@ -54,7 +53,7 @@ def choose_source(
     told = {"learned_validation_nll": ours, "gaussian_validation_nll": theirs}
     if theirs is None:
         return learned | told
-    worst = max(ERRORS * (scores[0]["validation_se"] or 0.0), EQUAL * (0.5 + abs(theirs)))
+    worst = max(scores[0]["validation_se"] or 0.0, EQUAL * (0.5 + abs(theirs)))
     if ours is not None and ours <= theirs + worst:
         return learned | told
     return {"drawn_by": "gaussian", "draw_radius": selected} | told
