@@ -19,9 +19,10 @@ from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
+from pipeline.fitting import work
 from pipeline.fitting.fit import SerialTeam, facts_path, fit
 from pipeline.fitting.job import FitJob
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import load_deformation, load_learned
 from pipeline.fitting.reading import Directions
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
@@ -228,8 +229,7 @@ def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Pa
     fit(run, job, Next(run, job))
     assert len(restored[0]["squares"]) >= 2 and bool(restored[0]["step"]) == (stage_of_death == "remainder")
     before, after = load(iris.storage.read(job.weights)), load(run.storage.read(job.weights))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_gaussian_of_the_points_draws_where_what_was_learned_predicts_worse(
@@ -238,9 +238,8 @@ def test_a_gaussian_of_the_points_draws_where_what_was_learned_predicts_worse(
     """Also where the driver was killed after the facts of the first start."""
     assert summary(iris)["drawn_by"] == "learned"
     run = moved(iris, tmp_path)
-    draw = Residual.draw
     monkeypatch.setattr(stage, "next_radius", lambda *_: None)
-    monkeypatch.setattr(Residual, "draw", lambda *of: torch.zeros_like(draw(*of)))
+    monkeypatch.setattr(Residual, "draw", lambda self, rng, n, radius=None: torch.zeros(n, self.dim))
     found = []
     for _ in range(2):
         run.storage.delete("deformation/deformation.json")
@@ -255,6 +254,17 @@ def test_a_gaussian_of_the_points_draws_where_what_was_learned_predicts_worse(
     span, mean = np.linalg.svd(points - points.mean(0))[2][: len(points) - 1], points.mean(0)
     drawn = model.draw(np.random.default_rng(0), 5).double().numpy() - mean
     assert np.linalg.norm(drawn - drawn @ span.T @ span) < 1e-3 * np.linalg.norm(drawn)
+
+
+def test_a_fit_that_may_do_least_is_whole(iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = moved(iris, tmp_path)
+    job = FitJob(0, summary(run)["learned_to"], summary(run)["trained_on"])
+    for name, value in {"OPERATIONS": 1, "FEWEST_STEPS": 20, "FEWEST_ROWS": 10, "FEWEST_JUDGED_ROWS": 30}.items():
+        monkeypatch.setattr(work, name, value)
+    fit(run, job, SerialTeam(run, job))
+    facts = run.storage.read_json(facts_path(0))
+    assert facts["steps"] == 20 and [point["step"] for point in facts["curve"]] == [0, 4, 8, 12, 16, 20]
+    assert torch.isfinite(load_learned(run, 0).draw(np.random.default_rng(0), 8)).all()
 
 
 def test_kind_none_does_nothing(iris_walks: Run, tmp_path: Path) -> None:

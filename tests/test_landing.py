@@ -20,7 +20,7 @@ from pipeline.bayes.target import Potential
 from pipeline.build import load_problem
 from pipeline.config import parse_config
 from pipeline.errors import InputError
-from pipeline.fitting import looks
+from pipeline.fitting import looks, work
 from pipeline.fitting.fit import SerialTeam
 from pipeline.fitting.job import FitJob, facts_path, weights_path
 from pipeline.fitting.landing import LANDED, MOST_STEPS, SLACK, fit_landing
@@ -167,6 +167,25 @@ def test_draws_that_fit_worse_than_walks_land_at_their_level(iris: Run) -> None:
     assert len(rises) == facts["landing_steps"] + 1 and rises[-1] <= most < min(rises[:-1])
     drawn = term.nll_rise(model.draw(np.random.default_rng(0), 200))
     assert float(drawn.mean()) < 1.5 * most
+
+
+def test_rises_from_some_of_the_rows_are_those_of_all_within_sampling(
+    iris: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five standard errors, without replacement: a false alarm in 1e6."""
+    monkeypatch.setattr(work, "OPERATIONS", 1.0)
+    monkeypatch.setattr(work, "FEWEST_JUDGED_ROWS", 30)
+    model, term, _ = spoiled(iris)
+    potential = load_problem(iris, 0, SampleStore.open(iris.storage).plan).potential
+    star, position = model.chain.theta_star, model.draw(np.random.default_rng(0), 1)
+    ends = [
+        potential.likelihood.nll(potential.network.outputs(t.to(star), potential.x), potential.y)
+        for t in (position[0], star)
+    ]
+    rises, n = (ends[0] - ends[1]).double(), term.work.judged
+    assert 30 == n < len(rises)
+    error = len(rises) * float(rises.std()) * ((1 - n / len(rises)) / n) ** 0.5
+    assert 0 < abs(float(term.nll_rise(position)) - float(rises.sum())) < 5 * error
 
 
 def test_a_landing_that_climbs_is_not_taken(iris: Run) -> None:

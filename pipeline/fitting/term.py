@@ -34,11 +34,11 @@ class Term:
     ):
         self._potential, self.model, self._job, self._team = problem.potential, model, job, team
         self._seed, self.walk_rise = run.config.seed, max(walk_rise, 1e-6)
+        self._star = problem.theta_star.detach()[None]
         looks = model.chain.above(model.radius) + 2  # one at each mark, and one more for the remainder
         self.work = Work.of(problem.potential, look_rows, looks, run.config.deformation.steps)
         self.count = max(1, self.work.fresh // team.size)
         self._judged, self._judged_share = self._part(self.work.judged)
-        self._star = problem.theta_star.detach()[None]
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Where the chain takes fresh directions, (n, D), and the inputs of the remainder there, (n, p)."""
