@@ -63,14 +63,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
             jobs = _jobs(run, store, digest, selected)
             _fit(run, trainer, report, jobs)
             tuned = _tune(run, store, jobs, choice)
-        models = [load_learned(run, job.start) for job in jobs]
-        tuned |= choose_source(run, store, store.plan, models, selected, tuned["draw_radius"])
-        if tuned["drawn_by"] == "gaussian":
-            report.note(
-                "What was learned predicts worse on validation rows than a Gaussian of the walks' points "
-                f"({tuned['learned_validation_nll'] or math.inf:.4f} and {tuned['gaussian_validation_nll']:.4f}): that "
-                "one draws. More walks help."
-            )
+        tuned |= _choose(run, store, jobs, report, selected, tuned["draw_radius"])
     found = []
     for job in jobs:
         facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
@@ -102,6 +95,21 @@ def _tune(run: Run, store: SampleStore, jobs: list[FitJob], choice: dict[str, An
     """How far out to draw, at most up to where the models have learned."""
     models = [load_learned(run, job.start) for job in jobs]
     return choose_draw_radius(run, store.plan, models, choice | {"radius": jobs[0].radius})
+
+
+def _choose(
+    run: Run, store: SampleStore, jobs: list[FitJob], report: Progress, selected: float, drawn_at: float
+) -> dict[str, Any]:
+    """Whether what was learned draws; see `stages.fall_back`."""
+    models = [load_learned(run, job.start) for job in jobs]
+    chosen = choose_source(run, store, store.plan, models, selected, drawn_at)
+    if chosen["drawn_by"] == "gaussian":
+        learned, gaussian = chosen["learned_validation_nll"] or math.inf, chosen["gaussian_validation_nll"]
+        report.note(
+            "What was learned predicts worse on validation rows than a Gaussian of the walks' points "
+            f"({learned:.4f} and {gaussian:.4f}): that one draws. More walks help."
+        )
+    return chosen
 
 
 def fitted(run: Run, job: FitJob) -> bool:
