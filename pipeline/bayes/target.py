@@ -88,6 +88,11 @@ class Potential:
         """Number of data rows."""
         return row_count(self.x)
 
+    def on_rows(self, rows: Tensor) -> Potential:
+        """The same network and prior with some of the rows, their numbers (n,), and the reference gradient."""
+        y = self.y[rows.to(self.y.device)]
+        return Potential(self.network, self.likelihood, self.precision, take_rows(self.x, rows), y)
+
     def prior(self, theta: Tensor) -> Tensor:
         """Prior part of U, (W, D) -> (W,), in nats, without its constant."""
         return 0.5 * (theta.square() @ self.precision)

@@ -21,8 +21,6 @@ from pipeline.bayes.deformation.basis import (
 from pipeline.bayes.deformation.chain import Chain
 from pipeline.bayes.deformation.landing import Landing
 from pipeline.bayes.deformation.residual import Residual
-from pipeline.bayes.target import Potential
-from pipeline.bayes.trees import take_rows
 from pipeline.build import DTYPES, Problem
 from pipeline.errors import RunError
 from pipeline.fitting.chain import fit_chain
@@ -160,10 +158,7 @@ def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tens
         basis = join_bases(orthonormalise_(known.T.contiguous()).T, basis)
     if len(rows) * basis.shape[1] * len(basis) > PRODUCT_WORK:
         return basis.contiguous()
-    whole, star = problem.potential, problem.theta_star.detach()
-    part = Potential(
-        whole.network, whole.likelihood, whole.precision, take_rows(whole.x, rows), whole.y[rows.to(whole.y.device)]
-    )
+    part, star = problem.potential.on_rows(rows), problem.theta_star.detach()
     few = max(1, (4 << 20) // basis.shape[1])
     products = (part.gauss_newton(star, v.to(star)).detach().to(basis) for v in basis.split(few))
     inner = torch.cat([product @ basis.T for product in products]).double().nan_to_num()

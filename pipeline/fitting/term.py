@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.bayes.target import Potential
-from pipeline.bayes.trees import take_rows
 from pipeline.build import Problem
 from pipeline.fitting.chain import Seen
 from pipeline.fitting.job import FitJob, Team
@@ -85,8 +84,7 @@ class Term:
             return whole, 1.0
         order = stream(self._seed, "deform-judged", self._job.start).choice(whole.rows, count, replace=False)
         rows = torch.from_numpy(np.sort(order)).to(self._star.device)
-        x, y = take_rows(whole.x, rows), whole.y[rows.to(whole.y.device)]
-        return Potential(whole.network, whole.likelihood, whole.precision, x, y), count / whole.rows
+        return whole.on_rows(rows), count / whole.rows
 
     def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0
