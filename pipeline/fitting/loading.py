@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from safetensors.torch import load
-from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation
 from pipeline.bayes.deformation.gaussian import Gaussian, Points
@@ -29,9 +26,13 @@ def load_deformation(run: Run, start: int) -> Deformation:
     facts = run.storage.read_json(facts_path(start))
     if facts.get("drawn_by") != "gaussian" or isinstance(model, Gaussian):
         return model
-    points = _points(run, start)
-    walks = sum(len(batch) for batch in points(float(facts["draw_radius"])))
-    return Gaussian(float(facts["draw_radius"]), model.dim, walks, KeptPoints(points))
+    return gaussian_of(SampleStore.open(run.storage), start, float(facts["draw_radius"]))
+
+
+def gaussian_of(store: SampleStore, start: int, radius: float) -> Gaussian:
+    """The Gaussian of the walks' points at a radius."""
+    points = _points(store, start)
+    return Gaussian(radius, store.plan.dim, sum(len(batch) for batch in points(radius)), points)
 
 
 def load_learned(run: Run, start: int) -> Deformation:
@@ -48,7 +49,7 @@ def load_learned(run: Run, start: int) -> Deformation:
         )
     tensors = load(run.storage.read_checked(path, run.storage.read_json(facts_path(start))["weights_sha256"]))
     if "gaussian" in tensors:
-        return Gaussian.from_tensors(tensors, KeptPoints(_points(run, start)))
+        return Gaussian.from_tensors(tensors, _points(SampleStore.open(run.storage), start))
     if "metric.radius" in tensors:
         from pipeline.bayes.deformation.metric import Metric
 
@@ -70,14 +71,9 @@ def load_learned(run: Run, start: int) -> Deformation:
     return model
 
 
-def _points(run: Run, start: int) -> Points:
+def _points(store: SampleStore, start: int) -> Points:
     """The walks' points at any recorded radius."""
-    store = SampleStore.open(run.storage)
-
-    def points(radius: float) -> Iterator[Tensor]:
-        return (torch.from_numpy(p.theta) for p in store.points(radius, start=start))
-
-    return points
+    return KeptPoints(lambda radius: (torch.from_numpy(p.theta) for p in store.points(radius, start=start)))
 
 
 def drawn_at(run: Run, start: int, otherwise: float) -> float:

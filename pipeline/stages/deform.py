@@ -57,13 +57,13 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     _fit(run, trainer, report, jobs)
     tuned: dict[str, Any] = {"draw_radius": selected}
     if settings.kind != "gaussian":
-        tuned = _tune(run, store, jobs, choice)
+        models, tuned = _tune(run, store, jobs, choice)
         while (nearer := next_radius(run, store.plan, digest, choice, tuned)) is not None:
             report.note(f"Draws learned up to radius {jobs[0].radius:.4g} are compared with some up to {nearer:.4g}.")
             jobs = _jobs(run, store, digest, selected)
             _fit(run, trainer, report, jobs)
-            tuned = _tune(run, store, jobs, choice)
-        tuned |= _choose(run, store, jobs, report, selected, tuned["draw_radius"])
+            models, tuned = _tune(run, store, jobs, choice)
+        tuned |= _choose(run, store, models, report, selected, tuned["draw_radius"])
     found = []
     for job in jobs:
         facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
@@ -91,17 +91,18 @@ def _fit(run: Run, trainer: Trainer, report: Progress, jobs: list[FitJob]) -> No
             bar.advance(1, f"start {job.start}")
 
 
-def _tune(run: Run, store: SampleStore, jobs: list[FitJob], choice: dict[str, Any]) -> dict[str, Any]:
-    """How far out to draw, at most up to where the models have learned."""
+def _tune(
+    run: Run, store: SampleStore, jobs: list[FitJob], choice: dict[str, Any]
+) -> tuple[list[Deformation], dict[str, Any]]:
+    """The fitted models, and how far out to draw: at most up to where they have learned."""
     models = [load_learned(run, job.start) for job in jobs]
-    return choose_draw_radius(run, store.plan, models, choice | {"radius": jobs[0].radius})
+    return models, choose_draw_radius(run, store.plan, models, choice | {"radius": jobs[0].radius})
 
 
 def _choose(
-    run: Run, store: SampleStore, jobs: list[FitJob], report: Progress, selected: float, drawn_at: float
+    run: Run, store: SampleStore, models: list[Deformation], report: Progress, selected: float, drawn_at: float
 ) -> dict[str, Any]:
     """Whether what was learned draws; see `stages.fall_back`."""
-    models = [load_learned(run, job.start) for job in jobs]
     chosen = choose_source(run, store, store.plan, models, selected, drawn_at)
     if chosen["drawn_by"] == "gaussian":
         learned, gaussian = chosen["learned_validation_nll"] or math.inf, chosen["gaussian_validation_nll"]

@@ -17,8 +17,8 @@ from pipeline.bayes.baselines.laplace import LARGEST_DIM, PRIOR_FACTORS, Laplace
 from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with_noise
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
-from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
+from pipeline.fitting.loading import gaussian_of
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.paths import Paths, read_draws
@@ -127,17 +127,11 @@ def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray
 def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator[tuple[int, Tensor]]:
     """Draws of the gaussian control of every start: empirical mean and covariance of its walk points at the radius."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
-        problem = c.problems[start]
-
-        def points(at: float, start: int = start) -> Iterator[Tensor]:
-            return (torch.as_tensor(found.theta) for found in store.points(at, start=start))
-
-        walks = sum(len(batch) for batch in points(radius))
-        if walks < 2:
+        model = gaussian_of(store, start, radius)
+        if model.walks < 2:
             raise Unavailable("needs at least two undiverged walks a start")
-        model = Gaussian(radius, problem.network.dim, walks, points)
         rng = stream(c.run.config.seed, "evaluate-gaussian", start)
-        step = max(1, _CONTROL_BYTES // (8 * problem.network.dim))
+        step = max(1, _CONTROL_BYTES // (8 * model.dim))
         for first in range(0, share, step):
             for piece in model.draw(rng, min(step, share - first)).split(c.batch()):
                 yield start, piece
