@@ -184,10 +184,17 @@ class SampleStore:
         Only the row groups that hold the rows are read. Momentum comes without its nulls, and not at all if the walk
         has none.
         """
+        parts = list(self.read_pieces(key, columns, rows))
+        names = parts[0] if parts else [name for name in columns if name != "momentum"]
+        return {name: join_parts([part[name] for part in parts]) for name in names}
+
+    def read_pieces(
+        self, key: BlockKey, columns: Sequence[str], rows: np.ndarray | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The same a row group at a time, so that a block need not fit in memory."""
         file, _ = self.open_block(key)
         columns = [name for name in columns if name != "momentum" or name in file.schema_arrow.names]
         wanted = np.arange(file.metadata.num_rows) if rows is None else np.asarray(rows)
-        found: dict[str, list[Any]] = {name: [] for name in columns}
         first = 0
         try:
             for group in range(file.metadata.num_row_groups):
@@ -196,13 +203,11 @@ class SampleStore:
                 first += count
                 if len(inside):
                     table = file.read_row_group(group, columns=columns)
-                    for name in columns:
-                        found[name].append(to_numpy(table.column(name), inside, self.plan.dim))
+                    yield {name: to_numpy(table.column(name), inside, self.plan.dim) for name in columns}
         except (pa.ArrowInvalid, OSError) as error:
             raise self._broken(key, error) from None
         finally:
             file.close()
-        return {name: join_parts(parts) for name, parts in found.items()}
 
     def read_block(self, key: BlockKey, columns: Sequence[str] | None = None) -> SampleBlock:
         """Return a block; fields of columns that are not asked for stay empty."""

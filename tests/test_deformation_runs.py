@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.config import parse_config
 from pipeline.errors import InputError, RunError
 from pipeline.fitting import work
 from pipeline.fitting.fit import SerialTeam, facts_path, fit
-from pipeline.fitting.job import FitJob
+from pipeline.fitting.job import FitJob, Told
 from pipeline.fitting.loading import load_deformation, load_learned
 from pipeline.fitting.reading import Directions
 from pipeline.posterior import Posterior
@@ -185,9 +186,9 @@ def test_state_dicts_load_into_the_network(iris: Run) -> None:
 def test_a_finished_fit_is_left_alone_and_other_blocks_are_learned_anew(iris: Run, tmp_path: Path) -> None:
     run, fits = moved(iris, tmp_path), []
 
-    def trainer(run: Run, job: FitJob) -> None:
-        fits.append(job.start)
-        stage.train_in_process(run, job)
+    def trainer(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+        fits.extend(job.start for job in jobs)
+        stage.train_in_process(run, jobs, told)
 
     stage.deform(run, trainer, LogProgress())
     assert fits == []

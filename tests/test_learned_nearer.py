@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.fitting.job import FitJob
+from pipeline.fitting.job import FitJob, Told
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -44,12 +45,13 @@ def test_it_learns_again_where_draws_fall_far_short_and_goes_on_after_a_kill(
         reach = share if choice["radius"] == selected else 1.0
         return {"draw_radius": reach * choice["radius"], "draw_radius_curve": []}
 
-    def trainer(run: Run, job: FitJob) -> None:
-        if len(fits) == 3 and killed:
-            killed.clear()
-            raise Killed
-        fits.append((job.start, job.radius))
-        stage.train_in_process(run, job)
+    def trainer(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+        for job in jobs:
+            if len(fits) == 3 and killed:
+                killed.clear()
+                raise Killed
+            fits.append((job.start, job.radius))
+            stage.train_in_process(run, [job], told)
 
     monkeypatch.setattr(stage, "choose_draw_radius", draws_reach)
     killed = [True]
@@ -76,9 +78,9 @@ def test_what_was_found_for_other_blocks_does_not_count(walks: Run, tmp_path: Pa
     run.storage.replace_json(NEARER, {"trained_on": "others", "selected": selected, "radius": selected / 4})
     fits: list[float] = []
 
-    def trainer(run: Run, job: FitJob) -> None:
-        fits.append(job.radius)
-        stage.train_in_process(run, job)
+    def trainer(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+        fits.extend(job.radius for job in jobs)
+        stage.train_in_process(run, jobs, told)
 
     stage.deform(run, trainer, LogProgress())
     assert fits[:2] == [selected, selected]

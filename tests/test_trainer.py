@@ -1,4 +1,4 @@
-"""Ray Train: two workers fit what one process fits, and a worker that is killed changes nothing."""
+"""Ray Train: two workers fit what one process fits for all starts, and a worker that is killed changes nothing."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load
 
 from pipeline.config import parse_config
+from pipeline.fitting.job import facts_path, weights_path
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages.deform import deform, train_in_process
@@ -24,21 +25,22 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def walks(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = walked(parse_config({**TRAINED, "storage": str(tmp_path_factory.mktemp("walks"))}))
+    starts = {"map": TRAINED["map"] | {"starts": 2}, "walk": TRAINED["walk"] | {"walks": 80}}
+    run = walked(parse_config({**TRAINED, **starts, "storage": str(tmp_path_factory.mktemp("walks"))}))
     select(run, LogProgress())
     return run
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load(run.storage.read("deformation/weights.safetensors"))
+def weights(run: Run, start: int) -> dict[str, torch.Tensor]:
+    return load(run.storage.read(weights_path(start)))
 
 
-def facts(run: Run) -> dict[str, Any]:
-    return run.storage.read_json("deformation/start=0/fit.json")
+def facts(run: Run, start: int) -> dict[str, Any]:
+    return run.storage.read_json(facts_path(start))
 
 
 def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
-    """A worker function whose second worker dies by SIGKILL after its first checkpoint, the first time round."""
+    """A worker function whose second worker dies by SIGKILL after its first checkpoint of the second start, once."""
 
     def worker(config: dict[str, Any]) -> None:
         from workers import trainer
@@ -49,15 +51,15 @@ def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
             def save(self, step: int, tensors: dict, facts: dict) -> None:
                 super().save(step, tensors, facts)
                 self.saves += 1
-                if self.rank == 1 and self.saves == 1 and not (marks / "killed").exists():
-                    time.sleep(5)  # Ray Train hears of a checkpoint when it next asks its workers
+                if (self.rank, self._job.start, self.saves) == (1, 1, 1) and not (marks / "killed").exists():
+                    time.sleep(1)  # Ray Train hears of a checkpoint when it next asks its workers
                     (marks / "killed").touch()
                     os.kill(os.getpid(), signal.SIGKILL)
 
             def restore(self) -> tuple[dict, dict] | None:
                 found = super().restore()
                 done = len(found[1]["squares"]) + found[1]["step"] if found else 0
-                (marks / f"restored-{self.rank}-{done}").touch()
+                (marks / f"restored-{self.rank}-{self._job.start}-{done}").touch()
                 return found
 
         trainer.RayTeam = Watched
@@ -77,7 +79,8 @@ def disturbed(ray_cluster: None, walks: Run, tmp_path_factory: pytest.TempPathFa
         patch.setattr(workers.trainer, "_WORKER", killing_once(marks))
         deform(run, workers.trainer.train, LogProgress())
     assert (marks / "killed").exists()
-    steps = {int(mark.name.rsplit("-", 1)[1]) for mark in marks.glob("restored-1-*")}
+    steps = {int(mark.name.rsplit("-", 1)[1]) for mark in marks.glob("restored-1-1-*")}
+    assert min(steps) == 0, "it went on from a checkpoint of the first start"
     assert max(steps) > 0, "the second attempt began from scratch"
     return run
 
@@ -88,9 +91,11 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_learns(
     """The linear cores are the same sums but for rounding; the remainder depends on the number of workers."""
     serial = moved(walks, tmp_path)
     deform(serial, train_in_process, LogProgress())
-    for name in ("heldout_error_linear", "heldout_error_outside_basis", "basis_captures", "walk_potential_rise"):
-        assert facts(disturbed)[name] == pytest.approx(facts(serial)[name], rel=1e-2), name
-    assert facts(disturbed)["workers"] == 2
+    for start in (0, 1):
+        found, expected = facts(disturbed, start), facts(serial, start)
+        for name in ("heldout_error_linear", "heldout_error_outside_basis", "basis_captures", "walk_potential_rise"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-2), (start, name)
+        assert found["workers"] == 2
     assert not disturbed.storage.list("deformation/train"), "checkpoints are removed after success"
 
 
@@ -100,6 +105,7 @@ def test_a_killed_worker_changes_nothing(walks: Run, disturbed: Run, tmp_path: P
 
     calm = moved(walks, tmp_path)
     deform(calm, workers.trainer.train, LogProgress())
-    before, after = weights(calm), weights(disturbed)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for start in (0, 1):
+        before, after = weights(calm, start), weights(disturbed, start)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)

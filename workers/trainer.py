@@ -1,22 +1,24 @@
 """Fit deformations with Ray Train: several workers, rows streamed by Ray Data, checkpoints in the run's own storage.
 
-The workers run the same function as the serial reference. A worker that dies is started again by Ray Train; a
-driver that died is replaced by running the same command, since a trainer with the same place and name goes on from
-its checkpoint.
+The workers run the same function as the serial reference, for one start after the other: to start them takes longer
+than many a fit. A worker that dies is started again by Ray Train; a driver that died is replaced by running the same
+command, since a trainer with the same place and name goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -30,37 +32,44 @@ from torch import Tensor, nn
 
 from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
-from pipeline.fitting.job import FitJob, Rows, batch_rows
-from pipeline.fitting.reading import by_walk, keys_of, stored_rows, to_rows
-from pipeline.plan import BlockKey
+from pipeline.fitting.job import FitJob, Rows, Told
+from pipeline.fitting.reading import to_rows
+from pipeline.fitting.stored import batch_rows, by_walk, keys_of, read_marks
 from pipeline.run import Run
-from pipeline.storage import Storage
 from pipeline.store import SampleStore
+from workers.reader import rows_of
 
 TASK_BYTES = 64 << 20
 """Bytes that one reading task takes in."""
+WATCH_SECONDS = 2.0
+"""Between looks for fits that have ended."""
+RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Whoever reports a checkpoint waits until the controller looks again: by default up to two seconds, longer than many
+a fit takes between them. The watcher is one more process to start, and nobody here would listen to it."""
 TENSORS, FACTS = "state.safetensors", "facts.json"
 
 
-def train(run: Run, job: FitJob) -> None:
-    """Fit the deformation of one start on `deformation.workers` workers of the connected cluster.
+def train(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+    """Fit deformations on `deformation.workers` workers of the connected cluster.
 
     Raises:
         RunError: Workers failed more than `cluster.max_restarts` times; running again goes on from the last checkpoint.
     """
     workers = run.config.deformation.workers
     files, base = run.storage.arrow_filesystem()
-    folder, name = f"{base}/{job.scratch}".rsplit("/", 1)
+    folder, name = f"{base}/{jobs[0].scratch}".rsplit("/", 1)
     if run.storage.protocol == "file":
         Path(folder).mkdir(parents=True, exist_ok=True)
+    for variable, value in RAY_TRAIN.items():
+        os.environ.setdefault(variable, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own changes to come
         trainer = TorchTrainer(
             _WORKER,
-            train_loop_config={"run": ray.put(run), "job": job},
+            train_loop_config={"run": ray.put(run), "jobs": list(jobs)},
             scaling_config=_scaling(workers, run.config.cluster.gpus_per_actor),
             torch_config=TorchConfig(backend="gloo"),
-            datasets={_points(rank): _dataset(run, job, rank, workers) for rank in range(workers)},
+            datasets={_points(job, rank): _dataset(run, job, rank, workers) for job in jobs for rank in range(workers)},
             dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
             run_config=RunConfig(
                 name=name,
@@ -71,10 +80,34 @@ def train(run: Run, job: FitJob) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with _watched(run, jobs, told):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
-            reason = _reason(error)
-            raise RunError(f"The deformation of start {job.start} failed: {reason} Run again to go on.") from error
+            starts = [job.start for job in jobs if not job.fitted(run)]
+            failed = f"The deformation of start {starts[0]}" if starts else "The end of the deformation"
+            raise RunError(f"{failed} failed: {_reason(error)} Run again to go on.") from error
+
+
+@contextlib.contextmanager
+def _watched(run: Run, jobs: Sequence[FitJob], told: Told) -> Iterator[None]:
+    """Tell of fits that have ended, while the trainer keeps this thread. Seen by their facts in the run's storage."""
+    ended, waiting = threading.Event(), list(jobs)
+
+    def watch() -> None:
+        while waiting and not ended.wait(WATCH_SECONDS):
+            with contextlib.suppress(OSError, RunError):  # of the storage, which the workers meet too
+                while waiting and waiting[0].fitted(run):
+                    told(waiting.pop(0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(WATCH_SECONDS)
+    for job in waiting:
+        told(job)
 
 
 def _scaling(workers: int, gpus: float) -> ScalingConfig:
@@ -108,10 +141,12 @@ def train_worker(config: dict[str, Any]) -> None:
     """What each worker does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run, job = cast(Run, ray.get(config["run"])), cast(FitJob, config["job"])
+        run, jobs = cast(Run, ray.get(config["run"])), cast(list[FitJob], config["jobs"])
         context = ray.train.get_context()
         torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
-        fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
+        for job in jobs:  # whether one is fitted all workers see alike: no one ends a fit without the others
+            if not job.fitted(run):
+                fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
         ray.train.report({"done": True})
 
 
@@ -122,7 +157,7 @@ class RayTeam:
     """One worker among those of Ray Train; see `pipeline.fitting.job.Team`."""
 
     def __init__(self, run: Run, job: FitJob, rank: int, size: int):
-        self.rank, self.size = rank, size
+        self.rank, self.size, self._job = rank, size, job
         store = SampleStore.open(run.storage)
         self._shared, self._batch = by_walk(store, job.start, size), batch_rows(store.plan.dim)
         self._empty = not keys_of(store, job.start, rank, size)
@@ -137,7 +172,7 @@ class RayTeam:
         """Batches of this worker's own stream, in the order of the blocks."""
         if self._empty:
             return
-        stream = cast(Any, ray.train.get_dataset_shard(_points(self.rank)))
+        stream = cast(Any, ray.train.get_dataset_shard(_points(self._job, self.rank)))
         for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
             yield to_rows(dict(columns), self.rank, self.size, self._shared)
 
@@ -152,21 +187,21 @@ class RayTeam:
             return
         with tempfile.TemporaryDirectory(prefix="fiberwalk-") as folder:
             save_file(tensors, Path(folder, TENSORS))
-            Path(folder, FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            Path(folder, FACTS).write_text(json.dumps(facts | {"start": self._job.start}), encoding="utf-8")
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last checkpoint that Ray Train knows."""
+        """The last checkpoint that Ray Train knows, if it is one of this start."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
             facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
-            return load_file(Path(folder, TENSORS)), facts
+            return (load_file(Path(folder, TENSORS)), facts) if facts["start"] == self._job.start else None
 
 
-def _points(rank: int) -> str:
-    return f"points-{rank}"
+def _points(job: FitJob, rank: int) -> str:
+    return f"points-{job.start}-{rank}"
 
 
 def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
@@ -182,14 +217,9 @@ def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
     tasks = max(1, sum(entries[key].size for key in keys) // TASK_BYTES)
     items = [{"shard": key.shard, "block": key.block} for key in keys]
     blocks = ray.data.from_items(items, override_num_blocks=min(tasks, len(items)))
-    read = cast(Any, functools.partial(_rows_of, run.storage))
+    marks = read_marks(run.config.deformation.kind, store.plan, job.radius)
+    read = cast(Any, functools.partial(rows_of, run.storage, marks))
     return blocks.map_batches(read, batch_size=None, batch_format="numpy")
-
-
-def _rows_of(storage: Storage, items: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of the blocks of one task."""
-    pairs = zip(items["shard"].tolist(), items["block"].tolist(), strict=True)
-    yield from stored_rows(SampleStore.open(storage), [BlockKey(shard, block) for shard, block in pairs])
 
 
 def _reason(error: BaseException) -> str:

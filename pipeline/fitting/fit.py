@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from safetensors.torch import load, save
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.build import load_problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Rows, Team, facts_path
-from pipeline.fitting.reading import by_walk, keys_of, stored_rows, to_rows
+from pipeline.fitting.job import FitJob, Rows, Team, Told, facts_path
+from pipeline.fitting.reading import to_rows
 from pipeline.fitting.residual import fit_residual
+from pipeline.fitting.stored import by_walk, keys_of, read_marks, stored_rows
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
@@ -70,14 +71,15 @@ class SerialTeam:
         self._run, self._job = run, job
         self._store = SampleStore.open(run.storage)
         self._keys = keys_of(self._store, job.start, 0, 1)
-        self._checkpoint = f"{job.scratch}/serial.safetensors"
+        self._marks = read_marks(run.config.deformation.kind, self._store.plan, job.radius)
+        self._checkpoint = f"{job.scratch}/serial-start{job.start}.safetensors"
 
     def sum(self, tensors: list[Tensor]) -> None:
         """Nothing to add."""
 
     def rows(self) -> Iterator[Rows]:
         """See `Team.rows`."""
-        for columns in stored_rows(self._store, self._keys):
+        for columns in stored_rows(self._store, self._keys, self._marks):
             yield to_rows(columns, 0, 1, by_walk(self._store, self._job.start, 1))
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -100,6 +102,8 @@ class SerialTeam:
         return (load(data), facts) if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
 
 
-def train_in_process(run: Run, job: FitJob) -> None:
+def train_in_process(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
     """The serial reference of a trainer."""
-    fit(run, job, SerialTeam(run, job))
+    for job in jobs:
+        fit(run, job, SerialTeam(run, job))
+        told(job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,8 +33,15 @@ class FitJob:
 
     @property
     def scratch(self) -> str:
-        """Folder of checkpoints below the run, gone after success."""
-        return f"{FOLDER}/train/{self.digest[:12]}-radius{self.radius:.6g}-start{self.start}"
+        """Folder of checkpoints below the run, gone after success; that of all starts."""
+        return f"{FOLDER}/train/{self.digest[:12]}-radius{self.radius:.6g}"
+
+    def fitted(self, run: Run) -> bool:
+        """Whether its weights are there."""
+        if not run.storage.exists(facts_path(self.start)) or not run.storage.exists(self.weights):
+            return False
+        facts = run.storage.read_json(facts_path(self.start))
+        return facts["trained_on"] == self.digest and facts["radius"] == self.radius
 
 
 def weights_path(start: int) -> str:
@@ -95,11 +102,15 @@ class Team(Protocol):
         ...
 
 
-class Trainer(Protocol):
-    """Fits the deformation of one start and leaves its weights and its facts in the run's storage."""
+Told = Callable[[FitJob], None]
+"""Told of each fit that has ended."""
 
-    def __call__(self, run: Run, job: FitJob) -> None:
-        """Goes on from the last checkpoint of the same job. Raises RunError."""
+
+class Trainer(Protocol):
+    """Fits the deformations of some starts, and leaves their weights and facts in the run's storage."""
+
+    def __call__(self, run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+        """Goes on from the last checkpoint of the same jobs, of the same blocks and radius. Raises RunError."""
         ...
 
 
@@ -124,8 +135,3 @@ HELD_BYTES = 256 << 20
 """Most bytes of coordinates in the basis that one worker holds; further walks are left out of the fit."""
 KEPT_BYTES = 4 * HELD_BYTES
 """Coordinates, and as much each for rows, directions and states that are kept instead of being made again."""
-
-
-def batch_rows(dim: int) -> int:
-    """Rows read at once: about 32 MB."""
-    return max(1, (32 << 20) // (4 * dim))

@@ -1,4 +1,4 @@
-"""From blocks to what a fit learns from: the blocks of a worker, the drift of each walk, and marks of the radius."""
+"""From stored rows to what a fit learns from: the drift of each walk, and its points at marks of the radius."""
 
 from __future__ import annotations
 
@@ -11,50 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.build import Problem, drift_of
-from pipeline.fitting.job import HELD_BYTES, Rows, Team, batch_rows, is_held_out
-from pipeline.plan import BlockKey, WalkPlan
+from pipeline.fitting.job import HELD_BYTES, Rows, Team, is_held_out
+from pipeline.plan import WalkPlan
 from pipeline.run import Run
-from pipeline.store import SampleStore
 
-MARKS = 4
-"""Looks at the network up to the selected radius, at most."""
-BEYOND = 2
-"""Further looks, for draws beyond the selected radius."""
 CACHE_BYTES = 256 << 20
 KEEP_BYTES = 256 << 20
 Part = TypeVar("Part")
-COLUMNS = ["walk", "radius", "potential", "nll", "status", "theta"]
-
-
-def keys_of(store: SampleStore, start: int, rank: int, size: int) -> list[BlockKey]:
-    """Committed blocks that a worker reads, in order: whole shards where there are enough, else all of them."""
-    shards = [s.index for s in store.plan.shards() if s.start == start]
-    mine = set(shards[rank::size] if len(shards) >= size else shards)
-    return [key for key in store.entries() if key.shard in mine]
-
-
-def by_walk(store: SampleStore, start: int, size: int) -> bool:
-    """Whether workers share shards, and each takes only its own walks of them."""
-    return sum(s.start == start for s in store.plan.shards()) < size
-
-
-def stored_rows(store: SampleStore, keys: list[BlockKey]) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of blocks in batches of the same sizes as Ray Data gives: the same sums, whoever reads."""
-    size = batch_rows(store.plan.dim)
-    kept: list[dict[str, np.ndarray]] = []
-    for key in keys:
-        file, _ = store.open_block(key)
-        with file:
-            for batch in file.iter_batches(batch_size=size, columns=COLUMNS):
-                columns = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS[:-1]}
-                kept.append(columns | {"theta": batch.column("theta").to_numpy_ndarray()})
-                if sum(len(part["walk"]) for part in kept) >= size:
-                    joined = {name: np.concatenate([part[name] for part in kept]) for name in COLUMNS}
-                    yield {name: values[:size] for name, values in joined.items()}
-                    kept = [{name: values[size:] for name, values in joined.items()}]
-    rest = {name: np.concatenate([part[name] for part in kept]) for name in COLUMNS} if kept else {}
-    if rest and len(rest["walk"]):
-        yield rest
 
 
 class Kept(Generic[Part]):
@@ -129,16 +92,6 @@ class Directions:
         return direction
 
 
-def marks_of(plan: WalkPlan, radius: float) -> tuple[list[float], int]:
-    """Recorded radii at which the network is looked at, rising, and the number of the selected one among them."""
-    radii = plan.radii()
-    selected, last = int(np.abs(radii - radius).argmin()), len(radii) - 1
-    before = {round((selected + 1) * (j + 1) / MARKS) - 1 for j in range(MARKS)}
-    beyond = {selected + round((last - selected) * (j + 1) / BEYOND) for j in range(BEYOND)}
-    chosen = sorted(i for i in {*before, selected, *beyond} if i >= 0)
-    return [float(radii[i]) for i in chosen], chosen.index(selected)
-
-
 @dataclass(frozen=True)
 class Points:
     """Points of walks at one mark, b of them."""
@@ -164,27 +117,27 @@ class Walks:
     """
 
     def __init__(self, team: Team, marks: list[float], directions: Directions, theta_star: Tensor, rank: int):
-        self._team, self._directions, self._star, self.marks = team, directions, theta_star, marks
+        self._directions, self._star, self.marks = directions, theta_star, marks
         most = HELD_BYTES // (16 * rank * theta_star.element_size())
+        self._parts = Kept(team.rows, lambda rows: rows.theta.nbytes)
         best: dict[int, list[tuple[float, int, float, float]]] = {}
-        rows = 0
-        for part in team.rows():
-            gaps = np.abs(part.radius[:, None] - np.asarray(marks)).tolist()
-            found = zip(part.walk.tolist(), gaps, part.potential.tolist(), part.nll.tolist(), strict=True)
-            for row, (walk, gap, *energy) in enumerate(found, start=rows):
+        count = 0
+        for rows in self._parts:
+            gaps = np.abs(rows.radius[:, None] - np.asarray(marks)).tolist()
+            found = zip(rows.walk.tolist(), gaps, rows.potential.tolist(), rows.nll.tolist(), strict=True)
+            for row, (walk, gap, *energy) in enumerate(found, start=count):
                 if walk not in best and len(best) >= most:
                     continue
                 now = best.setdefault(walk, [(np.inf, -1, np.nan, np.nan)] * len(marks))
                 best[walk] = [min(old, (g, row, *energy)) for old, g in zip(now, gap, strict=True)]
-            rows += len(part.walk)
+            count += len(rows.walk)
         self.walk = np.array(list(best), dtype=np.int64)
         self._place = {walk: place for place, walk in enumerate(best)}
-        self._uses = np.zeros((rows, len(marks)), dtype=bool)
+        self._uses = np.zeros((count, len(marks)), dtype=bool)
         for nearest in best.values():
             for mark, (_, row, *_) in enumerate(nearest):
                 self._uses[row, mark] = True
         energies = [[energy for _, _, *energy in nearest] for nearest in best.values()]
-        self._parts = Kept(self._used, lambda part: part[0].theta.nbytes)
         self.potential, self.nll = torch.tensor(energies, dtype=torch.float64).reshape(-1, len(marks), 2).unbind(2)
 
     @property
@@ -192,19 +145,12 @@ class Walks:
         """Which walks are kept for judging, (w,) bool."""
         return torch.from_numpy(is_held_out(self.walk))
 
-    def _used(self) -> Iterator[tuple[Rows, np.ndarray]]:
-        """Records that are nearest to a mark, b of them, and to which, (b, marks): of a path most lie between marks."""
-        first = 0
-        for rows in self._team.rows():
-            uses = self._uses[first : first + len(rows.walk)]
-            first += len(rows.walk)
-            index = np.flatnonzero(uses.any(axis=1))
-            yield rows.take(index), uses[index]
-
     def at(self, mark: int) -> Iterator[Points]:
         """One pass over the points at a mark."""
-        for rows, uses in self._parts:
-            index = np.flatnonzero(uses[:, mark])
+        first = 0
+        for rows in self._parts:
+            index = np.flatnonzero(self._uses[first : first + len(rows.walk), mark])
+            first += len(rows.walk)
             if len(index):
                 walks = rows.walk[index]
                 yield Points(

@@ -27,8 +27,9 @@ from pipeline.fitting.chain import fit_chain
 from pipeline.fitting.job import FitJob, Team
 from pipeline.fitting.landing import fit_landing
 from pipeline.fitting.looks import looks_of, sample_rows
-from pipeline.fitting.reading import Directions, Walks, marks_of
+from pipeline.fitting.reading import Directions, Walks
 from pipeline.fitting.remainder import fit_remainder
+from pipeline.fitting.stored import marks_of
 from pipeline.fitting.term import Term
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run

@@ -19,7 +19,8 @@ from pipeline.bayes.trees import leaves
 from pipeline.build import build_network
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.fitting.job import batch_rows, memory_estimate
+from pipeline.fitting.job import memory_estimate
+from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory, readable
 from pipeline.run import Run
 from pipeline.stages.pilot import MOST_STEPS, WALKS

@@ -16,8 +16,9 @@ from pipeline.bayes.deformation.base import Deformation
 from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
-from pipeline.fitting.job import FOLDER, FitJob, Trainer, batch_rows, facts_path, memory_estimate
+from pipeline.fitting.job import FOLDER, FitJob, Trainer, facts_path, memory_estimate
 from pipeline.fitting.loading import load_deformation, load_learned
+from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
 from pipeline.progress import Progress
@@ -51,7 +52,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     if run.storage.exists(SUMMARY):
         if run.storage.read_json(SUMMARY)["trained_on"] != digest:
             report.note("The blocks have changed since the deformation was fitted: fitting it again.")
-        elif all(fitted(run, job) for job in jobs):
+        elif all(job.fitted(run) for job in jobs):
             return
     check_memory(run, store.plan.dim)
     _fit(run, trainer, report, jobs)
@@ -83,12 +84,11 @@ def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[Fi
 
 def _fit(run: Run, trainer: Trainer, report: Progress, jobs: list[FitJob]) -> None:
     """Fit what is not fitted."""
-    with report.bar("Deformation", len(jobs)) as bar:
-        for job in jobs:
-            if not fitted(run, job):
-                trainer(run, job)
-            _remove_scratch(run, job)
-            bar.advance(1, f"start {job.start}")
+    missing = [job for job in jobs if not job.fitted(run)]
+    with report.bar("Deformation", len(jobs), len(jobs) - len(missing)) as bar:
+        if missing:
+            trainer(run, missing, lambda job: bar.advance(1, f"start {job.start}"))
+    _remove_scratch(run, jobs[0])
 
 
 def _tune(
@@ -111,14 +111,6 @@ def _choose(
             f"({learned:.4f} and {gaussian:.4f}): that one draws. More walks help."
         )
     return chosen
-
-
-def fitted(run: Run, job: FitJob) -> bool:
-    """Whether the weights of this job are there."""
-    if not run.storage.exists(facts_path(job.start)) or not run.storage.exists(job.weights):
-        return False
-    facts = run.storage.read_json(facts_path(job.start))
-    return facts["trained_on"] == job.digest and facts["radius"] == job.radius
 
 
 def check_memory(run: Run, dim: int) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.bayes.predictive import AveragedLikelihood, draw_nll
 from pipeline.bayes.trees import to_tensors
 from pipeline.build import Problem
 from pipeline.fitting.fit import facts_path, train_in_process
-from pipeline.fitting.job import FitJob
+from pipeline.fitting.job import FitJob, Told
 from pipeline.fitting.loading import load_learned
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
@@ -91,9 +92,9 @@ def fitted(run: Run, kind: str) -> tuple[Run, float]:
     shutil.rmtree(Path(run.uri, "deformation"), ignore_errors=True)
     seconds: list[float] = []
 
-    def trainer(run: Run, job: FitJob) -> None:
+    def trainer(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
         began = time.perf_counter()
-        train_in_process(run, job)
+        train_in_process(run, jobs, told)
         seconds.append(time.perf_counter() - began)
 
     deform(run, trainer, LogProgress())
