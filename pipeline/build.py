@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.bayes.batched import BatchedChain
 from pipeline.bayes.curvature import Curvature
 from pipeline.bayes.halving import Halving
 from pipeline.bayes.kernels import nll_gradient, plan_form
@@ -114,9 +115,10 @@ def build_potential(
     x = to_tensors(run.dataset.train.x, network.dtype, network.device)
     y = targets(run.dataset.train, network)
     form = form or plan_form(network, x, len(run.dataset.train.y), 0, False)[0]
-    kernel = Halving(nll_gradient(network, likelihood, x, y, form=form, compile=compile))
+    kernel = nll_gradient(network, likelihood, x, y, form=form, compile=compile)
+    nll = Halving(kernel.nll) if isinstance(kernel, BatchedChain) else None
     vector = prior_precision(network.layout, precision, network.dtype).to(network.device)
-    return Potential(network, likelihood, vector, x, y, kernel)
+    return Potential(network, likelihood, vector, x, y, Halving(kernel), nll=nll)
 
 
 MAP_FILES = ("theta.safetensors", "curvature.safetensors", "map.json")

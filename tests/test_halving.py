@@ -25,6 +25,8 @@ def test_out_of_memory_halves_the_walks_at_once_and_changes_no_value(error):
     gradient, nll = halving(theta)
     assert torch.equal(gradient, 2 * theta) and torch.equal(nll, theta.sum(dim=1))
     assert halving.limit == 3
+    alone = Halving(lambda theta, rows=None: kernel(theta, rows)[1])
+    assert torch.equal(alone(theta), nll) and alone.limit == 3
 
 
 def test_errors_that_are_not_about_memory_are_raised():

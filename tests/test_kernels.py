@@ -152,8 +152,10 @@ def test_blocks_of_rows_change_nothing_but_rounding(image, rows, walks):
     expected = truth(network, Categorical(3), x, y, theta)
     assert_same(kernel(theta), expected, torch.float64)
     assert_same(kernel(theta), expected, torch.float64)
+    assert torch.equal(kernel.nll(theta), kernel(theta)[1]), "the passes forward are the same"
     some = torch.tensor([36, 1, 1, 8])
     assert_same(kernel(theta, some), truth(network, Categorical(3), x[some], y[some], theta), torch.float64)
+    assert torch.equal(kernel.nll(theta, some), kernel(theta, some)[1])
 
 
 def test_images_without_a_channel_axis_are_unflattened():

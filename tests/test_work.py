@@ -41,8 +41,9 @@ def problem(module: nn.Module, *shape: int, rows: int = 600) -> Potential:
     return Potential(network, Categorical(3), precision, torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long))
 
 
-def convolutional(channels: int, side: int, rows: int) -> Potential:
-    layers = [nn.Conv2d(1, channels, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(channels * side * side, 3)]
+def convolutional(channels: int, side: int, rows: int, after: nn.Module | None = None) -> Potential:
+    first, last = nn.Conv2d(1, channels, 3, padding=1), nn.Linear(channels * side * side, 3)
+    layers = [first, after or nn.Tanh(), nn.Flatten(), last]
     return problem(nn.Sequential(*layers), 1, side, side, rows=rows)
 
 
@@ -67,11 +68,11 @@ def test_small_networks_are_trained_on_all_that_there_is() -> None:
 
 @pytest.mark.parametrize(("channels", "side", "looks"), [(8, 28, 4), (16, 28, 6), (32, 28, 9)])
 def test_convolutions_take_as_many_operations_as_are_allowed_and_no_more(channels: int, side: int, looks: int) -> None:
-    potential = convolutional(channels, side, 20_000)
+    potential = convolutional(channels, side, 60_000)
     work, row = Work.of(potential, 512, looks, wanted=10_000), row_operations(potential)
     steps, judgements = cost(work, row, 512 * looks)
     assert 0.7 * OPERATIONS < steps <= OPERATIONS and FEWEST_STEPS <= work.steps < 10_000
-    assert judgements <= OPERATIONS / 4 / JUDGED_ALONE and work.judged < 20_000
+    assert OPERATIONS / 8 < judgements <= OPERATIONS / 4 and work.judged < 60_000
 
 
 def test_what_is_too_large_for_the_bound_is_trained_on_the_least() -> None:
@@ -86,5 +87,9 @@ def test_a_fresh_direction_of_a_long_network_is_alone() -> None:
     assert Work.of(problem(nn.Linear(1_500_000, 3), 1_500_000, rows=2), 2, 6, wanted=800).fresh == 1
 
 
-def test_networks_without_batched_passes_take_few_steps() -> None:
+def test_networks_without_batched_passes_take_few_steps_and_are_judged_on_fewer_rows() -> None:
+    potential = convolutional(16, 28, 60_000, nn.GroupNorm(4, 16))
+    work = Work.of(potential, 512, 6, wanted=10_000)
+    _, judgements = cost(work, row_operations(potential), 512 * 6)
+    assert work.steps <= GENERAL_STEPS and judgements <= OPERATIONS / 4 / JUDGED_ALONE
     assert Work.of(problem(LastState(), 5, 4), 512, 6, wanted=800).steps == GENERAL_STEPS

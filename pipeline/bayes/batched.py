@@ -73,14 +73,24 @@ class BatchedChain:
     @torch.no_grad()
     def __call__(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """theta (W, D) -> gradient (W, D) and summed NLL (W,), over all rows or those with these numbers."""
+        gradient = torch.empty_like(theta)
+        return gradient, self._values(theta, rows, gradient)
+
+    @torch.no_grad()
+    def nll(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The summed NLL alone, (W,), from the passes forward."""
+        return self._values(theta, rows, None)
+
+    def _values(self, theta: Tensor, rows: Tensor | None, gradient: Tensor | None) -> Tensor:
         blocks = self.blocks if rows is None else self._split(self.x[rows], self.y[rows])
-        gradient, nll = torch.empty_like(theta), theta.new_empty(len(theta))
+        nll = theta.new_empty(len(theta))
         most = self.most_walks or chunk_walks(self.layers, self.shape, blocks[0][0].shape[-1], theta.device.type)
         for first, last in even_parts(len(theta), most):
-            self._run(theta[first:last], blocks, gradient[first:last], nll[first:last])
-        return gradient, nll
+            part = None if gradient is None else gradient[first:last]
+            self._run(theta[first:last], blocks, nll[first:last], part)
+        return nll
 
-    def _run(self, theta: Tensor, blocks: list[Block], gradient: Tensor, nll: Tensor) -> None:
+    def _run(self, theta: Tensor, blocks: list[Block], nll: Tensor, gradient: Tensor | None) -> None:
         weights = self._weights_of(len(theta))
         for held in weights:
             held.read(theta)
@@ -91,15 +101,13 @@ class BatchedChain:
                 layer.forward()
             value = torch.empty_like(nll) if number else nll
             passes[-1].end(loss, rows, value)
-            share = 1.0 if number else 0.0
-            passes[-1].backward(share)
-            for layer in passes[-2::-1]:
-                layer.backward_activation()
-                layer.backward(share)
+            if gradient is not None:
+                _backward(passes, 1.0 if number else 0.0)
             if number:
                 nll.add_(value)
-        for held in weights:
-            held.write(gradient)
+        if gradient is not None:
+            for held in weights:
+                held.write(gradient)
 
     def _split(self, x: Tensor, y: Tensor) -> list[Block]:
         most = self.most_rows or block_rows(self.layers, self.shape, x.device.type)
@@ -131,6 +139,14 @@ class BatchedChain:
                 shape = passes[-1].output_shape
             self._passes[key] = passes
         return self._passes[key]
+
+
+def _backward(passes: list[LayerPass], share: float) -> None:
+    """Add the slopes of weights to `share` times what they hold."""
+    passes[-1].backward(share)
+    for layer in passes[-2::-1]:
+        layer.backward_activation()
+        layer.backward(share)
 
 
 def even_parts(count: int, most: int) -> list[tuple[int, int]]:

@@ -31,6 +31,8 @@ times faster than automatic differentiation twice over, and in float64 they agre
 
 NllGradient = Callable[..., tuple[Tensor, Tensor]]
 """theta (W, D), rows=None -> gradient of the summed NLL (W, D) and the NLL (W,); rows are indices of data rows."""
+Nll = Callable[..., Tensor]
+"""The same without the gradient: theta (W, D), rows=None -> (W,)."""
 
 
 def prior_precision(
@@ -65,6 +67,7 @@ class Potential:
         x: Inputs, rows on the first axis.
         y: Targets, (rows,).
         nll_gradient: A fast form from `pipeline.bayes.kernels`; None takes the reference of vmap and grad.
+        nll: The same of the NLL alone; None passes one parameter vector forward after the other.
         row_batch: Rows in one forward pass of curvature products; None: what fits the cache, or an accelerator.
     """
 
@@ -77,11 +80,14 @@ class Potential:
         y: Tensor,
         nll_gradient: NllGradient | None = None,
         row_batch: int | None = None,
+        nll: Nll | None = None,
     ):
         self.network, self.likelihood, self.precision = network, likelihood, precision
         self.x, self.y = x, y
         self.row_batch = row_batch or (ROW_BATCH if precision.device.type == "cpu" else 16 * ROW_BATCH)
         self.nll_gradient: NllGradient = nll_gradient or self._reference_gradient
+        self.nll: Nll = nll or self._reference_nll
+        """Summed negative log likelihood, (W, D), rows=None -> (W,), in nats."""
 
     @property
     def rows(self) -> int:
@@ -96,10 +102,6 @@ class Potential:
     def prior(self, theta: Tensor) -> Tensor:
         """Prior part of U, (W, D) -> (W,), in nats, without its constant."""
         return 0.5 * (theta.square() @ self.precision)
-
-    def nll(self, theta: Tensor) -> Tensor:
-        """Summed negative log likelihood, (W, D) -> (W,), in nats."""
-        return torch.stack([sum((self.piece_nll(t, x, y) for x, y in self.pieces()), torch.zeros(())) for t in theta])
 
     def value(self, theta: Tensor) -> Tensor:
         """U, (W, D) -> (W,), in nats."""
@@ -153,6 +155,10 @@ class Potential:
         """Vectors that pass together."""
         row = max(1, self.network.elements(self.x))
         return max(1, min(32, VECTOR_ELEMENTS // (row * min(self.rows, self.row_batch))))
+
+    def _reference_nll(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
+        pieces = (self if rows is None else self.on_rows(rows)).pieces()
+        return torch.stack([sum((self.piece_nll(t, x, y) for x, y in pieces), torch.zeros(())) for t in theta])
 
     def _reference_gradient(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = (self.x, self.y) if rows is None else (take_rows(self.x, rows), self.y[rows])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
-from pipeline.bayes.target import Potential
 from pipeline.build import Problem
 from pipeline.fitting.chain import Seen
 from pipeline.fitting.job import FitJob, Team
@@ -37,7 +36,7 @@ class Term:
         looks = model.chain.above(model.radius) + 2  # one at each mark, and one more for the remainder
         self.work = Work.of(problem.potential, look_rows, looks, run.config.deformation.steps)
         self.count = max(1, self.work.fresh // team.size)
-        self._judged, self._judged_share = self._part(self.work.judged)
+        self._judged = self._judged_rows()
 
     def draws(self, purpose: str, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Where the chain takes fresh directions, (n, D), and the inputs of the remainder there, (n, p)."""
@@ -74,17 +73,17 @@ class Term:
 
     def nll_rise(self, position: Tensor) -> Tensor:
         """The same of the summed NLL."""
-        nll = self._judged.nll
-        return (nll(position.to(self._star)) - nll(self._star)).double().cpu() / self._judged_share
+        nll, share = self._potential.nll, 1.0 if self._judged is None else len(self._judged) / self._potential.rows
+        rise = nll(position.to(self._star), self._judged) - nll(self._star, self._judged)
+        return rise.double().cpu() / share
 
-    def _part(self, count: int) -> tuple[Potential, float]:
-        """The potential of so many training rows, always the same, and their share of all."""
-        whole = self._potential
-        if count == whole.rows:
-            return whole, 1.0
-        order = stream(self._seed, "deform-judged", self._job.start).choice(whole.rows, count, replace=False)
-        rows = torch.from_numpy(np.sort(order)).to(self._star.device)
-        return whole.on_rows(rows), count / whole.rows
+    def _judged_rows(self) -> Tensor | None:
+        """Training rows of judgements, always the same; None: all."""
+        rows, count = self._potential.rows, self.work.judged
+        if count == rows:
+            return None
+        order = stream(self._seed, "deform-judged", self._job.start).choice(rows, count, replace=False)
+        return torch.from_numpy(np.sort(order)).to(self._star.device)
 
     def _evaluate(self, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
         rows, scale = None, 1.0

@@ -31,7 +31,7 @@ JUDGED = 4
 """Draws that judge a training, for each fresh direction of a step."""
 FEWEST_JUDGED_ROWS = 256
 JUDGED_ALONE = 3
-"""Judged draws pass forward one after the other, which takes as long as gradients of many together."""
+"""Without batched passes judged draws pass forward one after the other, which takes so many times as long."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Work:
             wanted: Steps, at most.
         """
         row, dim, most_rows = row_operations(potential), potential.network.dim, potential.rows
-        step, judgements = OPERATIONS / FEWEST_STEPS, OPERATIONS / 4 / JUDGED_ALONE
+        batched = parse_chain(potential.network.module, dim) is not None
+        step, judgements = OPERATIONS / FEWEST_STEPS, OPERATIONS / 4 / (1 if batched else JUDGED_ALONE)
         term_rows = min(TERM_ROWS, most_rows)
         seen = look_rows * looks
         fresh = _within(step / (3 * row * (seen + term_rows)), FEWEST_FRESH, FRESH)
@@ -69,9 +70,7 @@ class Work:
         judged = _within(judged, min(FEWEST_JUDGED_ROWS, most_rows), most_rows)
         checks = _within(judgements / (JUDGED * fresh * row * judged), FEWEST_CHECKS, CHECKS)
         steps = _within(OPERATIONS / (3 * row * fresh * (seen + term_rows)), min(wanted, FEWEST_STEPS), wanted)
-        if parse_chain(potential.network.module, dim) is None:
-            steps = min(steps, GENERAL_STEPS)
-        return cls(steps, fresh, term_rows, judged, checks)
+        return cls(steps if batched else min(steps, GENERAL_STEPS), fresh, term_rows, judged, checks)
 
 
 def _within(value: float, least: int, most: int) -> int:
