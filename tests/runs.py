@@ -8,10 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import Config, parse_config
 from pipeline.executor import SerialExecutor
+from pipeline.plan import BlockKey
 from pipeline.progress import LogProgress
 from pipeline.run import Run, claim, prepare
 from pipeline.stages.deform import deform, train_in_process
@@ -101,6 +103,15 @@ def moved(run: Run, place: Path) -> Run:
     target = place / run.config.run_id
     shutil.copytree(run.uri, target)
     return dataclasses.replace(run, storage=Storage.open(str(target)))
+
+
+def damage(run_uri: str, key: BlockKey) -> None:
+    """Change a byte of theta in a stored block of a run on disk."""
+    path = Path(run_uri, key.path)
+    data = bytearray(path.read_bytes())
+    theta = pq.read_table(path, columns=["theta"]).column("theta").combine_chunks().to_numpy_ndarray()
+    data[data.index(theta[0].tobytes())] ^= 1
+    path.write_bytes(data)
 
 
 def copy_of(name: str, place: Path, *without: str) -> Run:

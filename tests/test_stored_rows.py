@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.config import parse_config
+from pipeline.errors import RunError
 from pipeline.fitting import stored
 from pipeline.fitting.stored import COLUMNS, keys_of, marks_of, read_marks, stored_rows
+from pipeline.plan import BlockKey
 from pipeline.stages import sample
 from pipeline.store import SampleStore
-from tests.runs import walked
+from tests.runs import damage, walked
 from tests.small_run import TRAINED
 
 
@@ -65,3 +69,11 @@ def test_parts_of_a_shard_hold_at_least_what_the_whole_needs(store: SampleStore)
 def test_the_metric_kind_reads_whole_paths(store: SampleStore) -> None:
     assert read_marks("metric", store.plan, 18.0) is None
     assert read_marks("residual", store.plan, 18.0) == marks_of(store.plan, 18.0)[0]
+
+
+def test_a_broken_block_is_named_with_the_way_out(store: SampleStore, tmp_path: Path) -> None:
+    shutil.copytree(store.storage.uri, tmp_path / "run")
+    copy = SampleStore.open(str(tmp_path / "run"))
+    damage(copy.storage.uri, BlockKey(1, 0))
+    with pytest.raises(RunError, match=r"shard=00001/block=00000.*fiberwalk verify"):
+        list(stored_rows(copy, keys_of(copy, 0, 0, 1), None))

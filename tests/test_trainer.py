@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load
 
 from pipeline.config import parse_config
+from pipeline.errors import RunError
 from pipeline.fitting.job import facts_path, weights_path
+from pipeline.plan import BlockKey
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages.deform import deform, train_in_process
 from pipeline.stages.select import select
-from tests.runs import moved, walked
+from tests.runs import damage, moved, walked
 from tests.small_run import TRAINED
 
 pytestmark = pytest.mark.ray
@@ -39,10 +41,10 @@ def facts(run: Run, start: int) -> dict[str, Any]:
     return run.storage.read_json(facts_path(start))
 
 
-def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
+def killing_once(marks: Path) -> Callable[[dict[str, Any]], str | None]:
     """A worker function whose second worker dies by SIGKILL after its first checkpoint of the second start, once."""
 
-    def worker(config: dict[str, Any]) -> None:
+    def worker(config: dict[str, Any]) -> str | None:
         from workers import trainer
 
         class Watched(trainer.RayTeam):
@@ -63,7 +65,7 @@ def killing_once(marks: Path) -> Callable[[dict[str, Any]], None]:
                 return found
 
         trainer.RayTeam = Watched
-        trainer.train_worker(config)
+        return trainer.train_worker(config)
 
     return worker
 
@@ -109,3 +111,17 @@ def test_a_killed_worker_changes_nothing(walks: Run, disturbed: Run, tmp_path: P
         before, after = weights(calm, start), weights(disturbed, start)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_broken_block_is_told_of_at_once_and_in_the_words_of_the_store(
+    ray_cluster: None, walks: Run, tmp_path: Path
+) -> None:
+    """Only the second worker reads it: the first must not wait, and nobody tries again."""
+    import workers.trainer
+
+    run = moved(walks, tmp_path)
+    damage(run.uri, BlockKey(1, 0))
+    with pytest.raises(RunError, match=r"^The deformation of start 0 failed: .*shard=00001/block=00000") as caught:
+        deform(run, workers.trainer.train, LogProgress())
+    assert "fiberwalk verify" in str(caught.value) and "\n" not in str(caught.value)

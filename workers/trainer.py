@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
-from pipeline.fitting.job import FitJob, Rows, Told
+from pipeline.fitting.job import FitJob, Refused, Rows, Told
 from pipeline.fitting.reading import to_rows
 from pipeline.fitting.stored import batch_rows, by_walk, keys_of, read_marks
 from pipeline.run import Run
@@ -81,7 +81,9 @@ def train(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
         )
         try:
             with _watched(run, jobs, told):
-                trainer.fit()
+                refused = trainer.fit().return_value
+                if refused:
+                    raise RunError(refused)
         except ray.train.TrainingFailedError as error:
             starts = [job.start for job in jobs if not job.fitted(run)]
             failed = f"The deformation of start {starts[0]}" if starts else "The end of the deformation"
@@ -137,8 +139,8 @@ def cpu_share(nodes: Sequence[float], workers: int) -> float:
     return min(1.0, math.floor(max(0.0, min(have) - 1) / workers * 100) / 100)
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What each worker does."""
+def train_worker(config: dict[str, Any]) -> str | None:
+    """What each worker does; returns what all have refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run, jobs = cast(Run, ray.get(config["run"])), cast(list[FitJob], config["jobs"])
@@ -146,8 +148,12 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
         for job in jobs:  # whether one is fitted all workers see alike: no one ends a fit without the others
             if not job.fitted(run):
-                fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
+                try:
+                    fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
+                except Refused as error:  # one that is raised would be tried again
+                    return f"The deformation of start {job.start} failed: {error}"
         ray.train.report({"done": True})
+    return None
 
 
 _WORKER = train_worker
@@ -168,13 +174,28 @@ class RayTeam:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def agree(self, error: RunError | None) -> None:
+        """See `pipeline.fitting.job.Team.agree`."""
+        met: list[str | None] = [None if error is None else str(error)]
+        if self.size > 1:
+            met = met * self.size
+            torch.distributed.all_gather_object(met, met[self.rank])
+        for text in met:
+            if text is not None:
+                raise Refused(text) from error
+
     def rows(self) -> Iterator[Rows]:
         """Batches of this worker's own stream, in the order of the blocks."""
         if self._empty:
             return
         stream = cast(Any, ray.train.get_dataset_shard(_points(self._job, self.rank)))
-        for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
-            yield to_rows(dict(columns), self.rank, self.size, self._shared)
+        try:
+            for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
+                yield to_rows(dict(columns), self.rank, self.size, self._shared)
+        except RayTaskError as error:
+            if isinstance(error.cause, RunError):  # of the store; Ray adds lines of its own
+                raise RunError(str(error.cause).splitlines()[0]) from error
+            raise
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Distributed data parallel where there is more than one worker."""

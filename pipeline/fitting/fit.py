@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.build import load_problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Rows, Team, Told, facts_path
+from pipeline.fitting.job import FitJob, Refused, Rows, Team, Told, facts_path
 from pipeline.fitting.reading import to_rows
 from pipeline.fitting.residual import fit_residual
 from pipeline.fitting.stored import by_walk, keys_of, read_marks, stored_rows
@@ -55,7 +55,7 @@ def fit_gaussian(run: Run, store: SampleStore, job: FitJob) -> tuple[dict[str, T
     """Nothing is learned: the control draws from the stored points themselves."""
     walks = sum(len(points) for points in store.points(job.radius, start=job.start))
     if walks < 2:
-        raise RunError(
+        raise Refused(
             f"deformation.kind: gaussian needs two walks a start that did not diverge; start {job.start} has {walks}."
         )
     return Gaussian(job.radius, store.plan.dim, walks, lambda radius: iter(())).to_tensors(), {"walks": walks}
@@ -76,6 +76,11 @@ class SerialTeam:
 
     def sum(self, tensors: list[Tensor]) -> None:
         """Nothing to add."""
+
+    def agree(self, error: RunError | None) -> None:
+        """See `Team.agree`."""
+        if error is not None:
+            raise Refused(str(error)) from error
 
     def rows(self) -> Iterator[Rows]:
         """See `Team.rows`."""

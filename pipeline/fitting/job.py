@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from pipeline.errors import RunError
 from pipeline.run import Run
 
 FOLDER = "deformation"
@@ -85,6 +87,10 @@ class Team(Protocol):
         """Add up over workers, in place, the same result on each."""
         ...
 
+    def agree(self, error: RunError | None) -> None:
+        """Raise `Refused` on every worker where one of them has met an error, so that none waits for the others."""
+        ...
+
     def rows(self) -> Iterator[Rows]:
         """Points of this worker's walks, walks that never diverged, always in the same order."""
         ...
@@ -102,6 +108,10 @@ class Team(Protocol):
         ...
 
 
+class Refused(RunError):
+    """What all workers of a fit have met alike: to try it again would change nothing."""
+
+
 Told = Callable[[FitJob], None]
 """Told of each fit that has ended."""
 
@@ -112,6 +122,17 @@ class Trainer(Protocol):
     def __call__(self, run: Run, jobs: Sequence[FitJob], told: Told) -> None:
         """Goes on from the last checkpoint of the same jobs, of the same blocks and radius. Raises RunError."""
         ...
+
+
+@contextlib.contextmanager
+def agreed(team: Team) -> Iterator[None]:
+    """A block in which each worker reads for itself: a broken block that one of them meets is raised on all."""
+    met: RunError | None = None
+    try:
+        yield
+    except RunError as error:
+        met = error
+    team.agree(met)
 
 
 def is_held_out(walk: np.ndarray) -> np.ndarray:

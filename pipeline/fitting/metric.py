@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pipeline.bayes.deformation.metric import Autoencoder, Metric, metric_loss
 from pipeline.build import DTYPES, Problem
-from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Team, is_held_out
+from pipeline.fitting.job import FitJob, Refused, Team, agreed, is_held_out
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 from pipeline.streams import torch_generator
@@ -33,7 +32,7 @@ def fit_metric(
         RunError: D is too large for it, or there are no pairs.
     """
     if plan.dim > LARGEST_DIM:
-        raise RunError(
+        raise Refused(
             f"deformation.kind: metric is for at most {LARGEST_DIM} parameters, "
             f"this network has {plan.dim}. Use residual."
         )
@@ -59,15 +58,16 @@ def _collect(plan: WalkPlan, team: Team, star: Tensor, radii: Tensor) -> tuple[n
     most = max(1, POINT_BYTES // (len(radii) * plan.dim * star.element_size()))
     place: dict[int, int] = {}
     points: list[Tensor] = []
-    for rows in team.rows():
-        nodes = (torch.from_numpy(rows.radius)[:, None] - radii).abs().argmin(dim=1).tolist()
-        for row, (walk, node) in enumerate(zip(rows.walk.tolist(), nodes, strict=True)):
-            if walk not in place:
-                if len(place) >= most:
-                    continue
-                place[walk] = len(points)
-                points.append(torch.full((len(radii), plan.dim), torch.nan, dtype=star.dtype))
-            points[place[walk]][node] = rows.theta[row].to(star) - star
+    with agreed(team):
+        for rows in team.rows():
+            nodes = (torch.from_numpy(rows.radius)[:, None] - radii).abs().argmin(dim=1).tolist()
+            for row, (walk, node) in enumerate(zip(rows.walk.tolist(), nodes, strict=True)):
+                if walk not in place:
+                    if len(place) >= most:
+                        continue
+                    place[walk] = len(points)
+                    points.append(torch.full((len(radii), plan.dim), torch.nan, dtype=star.dtype))
+                points[place[walk]][node] = rows.theta[row].to(star) - star
     return np.array(list(place), dtype=np.int64), torch.stack(points) if points else star.new_empty(
         0, len(radii), plan.dim
     )
@@ -85,7 +85,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     pairs = torch.nonzero(train[:, :-1] & train[:, 1:])
     if not len(pairs) and team.size == 1:
-        raise RunError("deformation.kind: metric needs two recorded points of a walk. Use a smaller walk.record_every.")
+        raise Refused("deformation.kind: metric needs two recorded points of a walk. Use a smaller walk.record_every.")
     optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     first, curve = 0, []
     found = team.restore()

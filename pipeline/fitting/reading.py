@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.build import Problem, drift_of
-from pipeline.fitting.job import HELD_BYTES, Rows, Team, is_held_out
+from pipeline.fitting.job import HELD_BYTES, Rows, Team, agreed, is_held_out
 from pipeline.plan import WalkPlan
 from pipeline.run import Run
 
@@ -122,15 +122,16 @@ class Walks:
         self._parts = Kept(team.rows, lambda rows: rows.theta.nbytes)
         best: dict[int, list[tuple[float, int, float, float]]] = {}
         count = 0
-        for rows in self._parts:
-            gaps = np.abs(rows.radius[:, None] - np.asarray(marks)).tolist()
-            found = zip(rows.walk.tolist(), gaps, rows.potential.tolist(), rows.nll.tolist(), strict=True)
-            for row, (walk, gap, *energy) in enumerate(found, start=count):
-                if walk not in best and len(best) >= most:
-                    continue
-                now = best.setdefault(walk, [(np.inf, -1, np.nan, np.nan)] * len(marks))
-                best[walk] = [min(old, (g, row, *energy)) for old, g in zip(now, gap, strict=True)]
-            count += len(rows.walk)
+        with agreed(team):
+            for rows in self._parts:
+                gaps = np.abs(rows.radius[:, None] - np.asarray(marks)).tolist()
+                found = zip(rows.walk.tolist(), gaps, rows.potential.tolist(), rows.nll.tolist(), strict=True)
+                for row, (walk, gap, *energy) in enumerate(found, start=count):
+                    if walk not in best and len(best) >= most:
+                        continue
+                    now = best.setdefault(walk, [(np.inf, -1, np.nan, np.nan)] * len(marks))
+                    best[walk] = [min(old, (g, row, *energy)) for old, g in zip(now, gap, strict=True)]
+                count += len(rows.walk)
         self.walk = np.array(list(best), dtype=np.int64)
         self._place = {walk: place for place, walk in enumerate(best)}
         self._uses = np.zeros((count, len(marks)), dtype=bool)

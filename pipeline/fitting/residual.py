@@ -22,9 +22,8 @@ from pipeline.bayes.deformation.chain import Chain
 from pipeline.bayes.deformation.landing import Landing
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import DTYPES, Problem
-from pipeline.errors import RunError
 from pipeline.fitting.chain import fit_chain
-from pipeline.fitting.job import FitJob, Team
+from pipeline.fitting.job import FitJob, Refused, Team
 from pipeline.fitting.landing import fit_landing
 from pipeline.fitting.looks import looks_of, sample_rows
 from pipeline.fitting.reading import Directions, Walks
@@ -46,7 +45,7 @@ def fit_residual(
     """Fit on this team's walks; every worker returns the same model.
 
     Raises:
-        RunError: Fewer than two walks can be learned from.
+        Refused: Fewer than two walks can be learned from.
     """
     marks, selected = marks_of(plan, job.radius)
     dtype = DTYPES[plan.dtype]
@@ -100,7 +99,7 @@ def fit_slopes(team: Team, walks: Walks, selected: int) -> list[float]:
     """Share of the free displacement that walks keep at each mark up to the selected one: least squares.
 
     Raises:
-        RunError: Fewer than two walks can be learned from.
+        Refused: Fewer than two walks can be learned from.
     """
     train, slopes = ~walks.held, []
     for mark, radius in enumerate(walks.marks[: selected + 1]):
@@ -111,12 +110,12 @@ def fit_slopes(team: Team, walks: Walks, selected: int) -> list[float]:
             sums += torch.stack([(v * offset).sum(), v.square().sum(), take.sum()]).double()
         team.sum([sums])
         if not torch.isfinite(sums).all():
-            raise RunError(
+            raise Refused(
                 f"Walks at radius {radius:.3g} lie so far out that their squares overflow, so no deformation can be "
                 f"fitted. Lower walk.length, or set deformation.kind: none."
             )
         if sums[2] < 2:
-            raise RunError(
+            raise Refused(
                 f"Only {int(sums[2])} walks that did not diverge are there to learn from, so no deformation can be "
                 "fitted. Use more walks, or deformation.kind: none."
             )
