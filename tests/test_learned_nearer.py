@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.fitting.job import FitJob, Told
+from pipeline.fitting.job import FitJob, Told, weights_path
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -69,6 +69,33 @@ def test_it_learns_again_where_draws_fall_far_short_and_goes_on_after_a_kill(
     if again:
         run.storage.replace(NEARER, run.storage.read(NEARER).replace(b'"radius"', b'"radios"'))
         assert ("damaged", NEARER) in [wrong[:2] for wrong in Results(run.storage).wrong], "or nobody mends it"
+
+
+def test_a_fit_that_comes_back_as_the_best_is_not_made_again(
+    walks: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = moved(walks, tmp_path)
+    shutil.rmtree(f"{run.uri}/deformation", ignore_errors=True)
+    selected = float(run.storage.read_json("radius.json")["radius"])
+    fits: list[float] = []
+    first: list[bytes] = []
+
+    def worse_nearer_by(run: Run, plan: Any, models: Any, choice: dict[str, Any]) -> dict[str, Any]:
+        score = 9.0 if choice["radius"] == selected else 10.0
+        curve = [{"radius": choice["radius"], "validation_nll": score}]
+        return {"draw_radius": choice["radius"], "draw_radius_curve": curve}
+
+    def trainer(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
+        fits.extend(job.radius for job in jobs)
+        stage.train_in_process(run, jobs, told)
+        first.extend(run.storage.read(job.weights) for job in jobs)
+
+    monkeypatch.setattr(stage, "choose_draw_radius", worse_nearer_by)
+    stage.deform(run, trainer, LogProgress())
+    assert fits == [selected, selected, selected / 2, selected / 2]
+    assert [run.storage.read(weights_path(start)) for start in (0, 1)] == first[:2]
+    assert run.storage.read_json("deformation/deformation.json")["learned_to"] == selected
+    assert not run.storage.list("deformation/kept")
 
 
 def test_what_was_found_for_other_blocks_does_not_count(walks: Run, tmp_path: Path) -> None:

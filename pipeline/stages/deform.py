@@ -25,6 +25,7 @@ from pipeline.progress import Progress
 from pipeline.run import Run, versions
 from pipeline.stages.draw_radius import choose_draw_radius
 from pipeline.stages.fall_back import choose_source
+from pipeline.stages.kept_fits import bring_back, forget
 from pipeline.stages.learned_radius import learned_radius, next_radius
 from pipeline.store import SampleStore
 
@@ -71,6 +72,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
         facts["drawn_by"] = tuned.get("drawn_by", "gaussian")
         run.storage.replace_json(facts_path(job.start), facts)
         found.append(judge(run, store, job.start, facts))
+    forget(run)
     summary = summarise(run, selected, digest, found) | {"learned_to": jobs[0].radius} | tuned
     run.storage.replace_json(SUMMARY, summary)
     report.note(f"Deformation: {_line(summary)}")
@@ -83,7 +85,8 @@ def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[Fi
 
 
 def _fit(run: Run, trainer: Trainer, report: Progress, jobs: list[FitJob]) -> None:
-    """Fit what is not fitted."""
+    """Fit what is not fitted, now or on the way to another radius."""
+    bring_back(run, jobs)
     missing = [job for job in jobs if not job.fitted(run)]
     with report.bar("Deformation", len(jobs), len(jobs) - len(missing)) as bar:
         if missing:

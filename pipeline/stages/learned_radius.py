@@ -30,7 +30,7 @@ def next_radius(run: Run, plan: WalkPlan, digest: str, choice: dict[str, Any], t
     """Judge the model that is fitted, and say up to where to learn next; None when it stays.
 
     What was tried is written down before the next fit begins, so that a killed one goes on where it was. Where
-    validation rows judge, the best of all tries stays: it is fitted once more if it was not the last.
+    validation rows judge, the best of all tries stays: it is brought back if it was not the last.
 
     Args:
         run: The run.
