@@ -12,6 +12,10 @@ class RunError(Exception):
     """The run failed on the way. Exit status 1; what is committed stays, and the message says how to go on."""
 
 
+class DamagedBlock(RunError):
+    """A stored block is not what was written: whoever reads it again meets the same."""
+
+
 def few(names: list[str], most: int = 3) -> str:
     """The first names of a list, and how many more there are, for a message; empty for none."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

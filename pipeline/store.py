@@ -26,7 +26,7 @@ from pipeline.blocks import (
     to_numpy,
     write_block,
 )
-from pipeline.errors import InputError, RunError
+from pipeline.errors import DamagedBlock, InputError
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.seal import BrokenBlock
 from pipeline.storage import Entry, Storage
@@ -171,9 +171,9 @@ class SampleStore:
             raise self._broken(key, BrokenBlock(elsewhere or "; ".join(wrong)))
         return file, stamp
 
-    def _broken(self, key: BlockKey, error: Exception) -> RunError:
+    def _broken(self, key: BlockKey, error: Exception) -> DamagedBlock:
         reason = " ".join(str(error).split())
-        return RunError(
+        return DamagedBlock(
             f"{self.storage.uri}/{key.path}: {reason}. "
             f"Run 'fiberwalk verify {self.storage.uri} --repair', then run again."
         )

@@ -25,7 +25,7 @@ SETTINGS = {
     "walk": TRAINED["walk"] | {"walks": 80},
     "deformation": TRAINED["deformation"] | {"steps": 400},
     "evaluation": {"draws": 16, "baselines": ["map"]},
-    "cluster": {"actors": 1},
+    "cluster": {"actors": 1, "max_restarts": 0},
 }
 KILLS = (0, 0, 1, 1)
 """Starts in whose fit the driver dies, one time after the other."""

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def walks(tmp_path_factory: pytest.TempPathFactory) -> Run:
     starts = {"map": TRAINED["map"] | {"starts": 2}, "walk": TRAINED["walk"] | {"walks": 80}}
+    starts |= {"cluster": {"max_restarts": 1}}  # for the kill
     run = walked(parse_config({**TRAINED, **starts, "storage": str(tmp_path_factory.mktemp("walks"))}))
     select(run, LogProgress())
     return run

@@ -15,7 +15,10 @@ from pipeline.store import SampleStore
 def rows_of(
     storage: Storage, marks: list[float] | None, items: dict[str, np.ndarray]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of the blocks of one task; see `stored_rows`."""
-    pairs = zip(items["shard"].tolist(), items["block"].tolist(), strict=True)
-    keys = [BlockKey(shard, block) for shard, block in pairs]
+    """Rows of the shards of one task; see `stored_rows`."""
+    keys = [
+        BlockKey(int(shard), int(block))
+        for shard, blocks in zip(items["shard"], items["blocks"], strict=True)
+        for block in blocks
+    ]
     yield from stored_rows(SampleStore.open(storage), keys, marks)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import RunError
+from pipeline.errors import DamagedBlock, RunError
 from pipeline.fitting.fit import fit
 from pipeline.fitting.job import FitJob, Refused, Rows, Told
 from pipeline.fitting.reading import to_rows
@@ -85,9 +86,7 @@ def train(run: Run, jobs: Sequence[FitJob], told: Told) -> None:
                 if refused:
                     raise RunError(refused)
         except ray.train.TrainingFailedError as error:
-            starts = [job.start for job in jobs if not job.fitted(run)]
-            failed = f"The deformation of start {starts[0]}" if starts else "The end of the deformation"
-            raise RunError(f"{failed} failed: {_reason(error)} Run again to go on.") from error
+            raise RunError(f"The deformation failed: {_reason(error)} Run again to go on.") from error
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def _watched(run: Run, jobs: Sequence[FitJob], told: Told) -> Iterator[None]:
     def watch() -> None:
         while waiting and not ended.wait(WATCH_SECONDS):
             with contextlib.suppress(OSError, RunError):  # of the storage, which the workers meet too
-                while waiting and waiting[0].fitted(run):
+                while waiting and not ended.is_set() and waiting[0].fitted(run):
                     told(waiting.pop(0))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -107,9 +106,9 @@ def _watched(run: Run, jobs: Sequence[FitJob], told: Told) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        watcher.join(WATCH_SECONDS)
-    for job in waiting:
-        told(job)
+        watcher.join()
+    while waiting:
+        told(waiting.pop(0))
 
 
 def _scaling(workers: int, gpus: float) -> ScalingConfig:
@@ -146,12 +145,14 @@ def train_worker(config: dict[str, Any]) -> str | None:
         run, jobs = cast(Run, ray.get(config["run"])), cast(list[FitJob], config["jobs"])
         context = ray.train.get_context()
         torch.set_num_threads(max(1, int(run.config.cluster.cpus_per_actor)))
-        for job in jobs:  # whether one is fitted all workers see alike: no one ends a fit without the others
-            if not job.fitted(run):
-                try:
-                    fit(run, job, RayTeam(run, job, context.get_world_rank(), context.get_world_size()))
-                except Refused as error:  # one that is raised would be tried again
-                    return f"The deformation of start {job.start} failed: {error}"
+        for job in jobs:
+            team = RayTeam(run, job, context.get_world_rank(), context.get_world_size())
+            if team.fitted():
+                continue
+            try:
+                fit(run, job, team)
+            except Refused as error:  # one that is raised would be tried again
+                return f"The deformation of start {job.start} failed: {error}"
         ray.train.report({"done": True})
     return None
 
@@ -163,10 +164,21 @@ class RayTeam:
     """One worker among those of Ray Train; see `pipeline.fitting.job.Team`."""
 
     def __init__(self, run: Run, job: FitJob, rank: int, size: int):
-        self.rank, self.size, self._job = rank, size, job
+        self.rank, self.size, self._run, self._job = rank, size, run, job
         store = SampleStore.open(run.storage)
         self._shared, self._batch = by_walk(store, job.start, size), batch_rows(store.plan.dim)
         self._empty = not keys_of(store, job.start, rank, size)
+
+    def fitted(self) -> bool:
+        """Whether there is nothing left to do. The first worker decides: another driver may end the same fit."""
+        return self._of_first(self.rank == 0 and self._job.fitted(self._run))
+
+    def _of_first(self, value: Any) -> Any:
+        """What the first worker has, on all of them."""
+        box = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
 
     def sum(self, tensors: list[Tensor]) -> None:
         """All-reduce, one tensor after the other."""
@@ -193,9 +205,10 @@ class RayTeam:
             for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
                 yield to_rows(dict(columns), self.rank, self.size, self._shared)
         except RayTaskError as error:
-            if isinstance(error.cause, RunError):  # of the store; Ray adds lines of its own
-                raise RunError(str(error.cause).splitlines()[0]) from error
-            raise
+            kind = next((kind for kind in (DamagedBlock, RunError) if isinstance(error.cause, kind)), None)
+            if kind is None:
+                raise
+            raise kind(str(error.cause).splitlines()[0]) from error  # Ray adds lines of its own
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Distributed data parallel where there is more than one worker."""
@@ -212,8 +225,11 @@ class RayTeam:
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last checkpoint that Ray Train knows, if it is one of this start."""
-        checkpoint = ray.train.get_checkpoint()
+        """The last checkpoint that Ray Train knows, if it is one of this start.
+
+        That of the first worker: the others are told only of the one that they began with, which may be gone by now.
+        """
+        checkpoint = self._of_first(ray.train.get_checkpoint())
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
@@ -236,7 +252,8 @@ def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
     if not keys:
         return ray.data.from_items([{"walk": -1}])
     tasks = max(1, sum(entries[key].size for key in keys) // TASK_BYTES)
-    items = [{"shard": key.shard, "block": key.block} for key in keys]
+    shards = groupby(keys, key=lambda key: key.shard)
+    items = [{"shard": shard, "blocks": [key.block for key in blocks]} for shard, blocks in shards]
     blocks = ray.data.from_items(items, override_num_blocks=min(tasks, len(items)))
     marks = read_marks(run.config.deformation.kind, store.plan, job.radius)
     read = cast(Any, functools.partial(rows_of, run.storage, marks))
@@ -244,7 +261,7 @@ def _dataset(run: Run, job: FitJob, rank: int, size: int) -> ray.data.Dataset:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong in a worker."""
+    """The last line of what went wrong in a worker."""
     failures = getattr(error, "worker_failures", None)
     cause = next(iter(failures.values())) if failures else error
     while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.build import load_problem
 from pipeline.errors import RunError
-from pipeline.fitting.job import FitJob, Refused, Rows, Team, Told, facts_path
+from pipeline.fitting.job import FitJob, Refused, Rows, Team, Told, agreed, facts_path
 from pipeline.fitting.reading import to_rows
 from pipeline.fitting.residual import fit_residual
 from pipeline.fitting.stored import by_walk, keys_of, read_marks, stored_rows
@@ -30,7 +30,7 @@ def fit(run: Run, job: FitJob, team: Team) -> None:
     problem = load_problem(run, job.start, store.plan)
     kind = run.config.deformation.kind
     if kind == "gaussian":
-        tensors, facts = fit_gaussian(run, store, job)
+        tensors, facts = fit_gaussian(store, job, team)
     elif kind == "metric":
         from pipeline.fitting.metric import fit_metric
 
@@ -51,9 +51,11 @@ def fit(run: Run, job: FitJob, team: Team) -> None:
         run.storage.replace_json(facts_path(job.start), facts | {"weights_sha256": hashlib.sha256(data).hexdigest()})
 
 
-def fit_gaussian(run: Run, store: SampleStore, job: FitJob) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fit_gaussian(store: SampleStore, job: FitJob, team: Team) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Nothing is learned: the control draws from the stored points themselves."""
-    walks = sum(len(points) for points in store.points(job.radius, start=job.start))
+    walks = 0
+    with agreed(team):
+        walks = sum(len(points) for points in store.points(job.radius, start=job.start))
     if walks < 2:
         raise Refused(
             f"deformation.kind: gaussian needs two walks a start that did not diverge; start {job.start} has {walks}."

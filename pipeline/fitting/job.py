@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline.errors import RunError
+from pipeline.errors import DamagedBlock, RunError
 from pipeline.run import Run
 
 FOLDER = "deformation"
@@ -71,11 +71,6 @@ class Rows:
     theta: Tensor
     """(b, D)."""
 
-    def take(self, index: np.ndarray) -> Rows:
-        """Some of them."""
-        energies = self.potential[index], self.nll[index]
-        return Rows(self.walk[index], self.radius[index], *energies, self.theta[index])
-
 
 class Team(Protocol):
     """The workers of one fit, seen from one of them."""
@@ -92,7 +87,11 @@ class Team(Protocol):
         ...
 
     def rows(self) -> Iterator[Rows]:
-        """Points of this worker's walks, walks that never diverged, always in the same order."""
+        """Points of this worker's walks that the fit wants, none diverged, always in the same order.
+
+        Raises:
+            DamagedBlock: As its store.
+        """
         ...
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -126,11 +125,11 @@ class Trainer(Protocol):
 
 @contextlib.contextmanager
 def agreed(team: Team) -> Iterator[None]:
-    """A block in which each worker reads for itself: a broken block that one of them meets is raised on all."""
-    met: RunError | None = None
+    """Here each worker reads for itself: a damaged block that one of them meets is raised on all."""
+    met: DamagedBlock | None = None
     try:
         yield
-    except RunError as error:
+    except DamagedBlock as error:
         met = error
     team.agree(met)
 

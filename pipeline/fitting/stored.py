@@ -54,11 +54,11 @@ def stored_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Columns of blocks, in batches of the same sizes as Ray Data gives: the same sums, whoever reads.
 
-    With marks only the records of each walk that are nearest to one of them, among those of the given blocks of its
-    shard: of a path most lie between, and what is not needed is not unpacked.
+    With marks only the records of each walk that are nearest to one of them: of a path most lie between, and what is
+    not needed is not unpacked. All blocks of a shard belong in one call.
 
     Raises:
-        RunError: A block is broken.
+        DamagedBlock: One is broken.
     """
     size, kept = batch_rows(store.plan.dim), []
     for part in _pieces(store, keys, marks):
@@ -89,7 +89,7 @@ def _nearest(store: SampleStore, blocks: list[BlockKey], marks: Sequence[float])
     whole = _join(tables)
     used = np.zeros(len(whole["walk"]), dtype=bool)
     for mark in marks:
-        gap = np.where(whole["status"] == "diverged", np.inf, np.abs(whole["radius"] - mark))
+        gap = np.where(whole["status"] == "diverged", np.inf, np.abs(whole["radius"].astype(np.float64) - mark))
         order = np.lexsort((gap, whole["walk"]))  # stable: the first of equals
         used[order[np.unique(whole["walk"][order], return_index=True)[1]]] = True
     bounds = np.cumsum([len(table["walk"]) for table in tables])[:-1]

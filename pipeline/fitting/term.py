@@ -74,8 +74,8 @@ class Term:
     def nll_rise(self, position: Tensor) -> Tensor:
         """The same of the summed NLL."""
         nll, share = self._potential.nll, 1.0 if self._judged is None else len(self._judged) / self._potential.rows
-        rise = nll(position.to(self._star), self._judged) - nll(self._star, self._judged)
-        return rise.double().cpu() / share
+        values = nll(torch.cat([self._star, position.to(self._star)]), self._judged)
+        return (values[1:] - values[:1]).double().cpu() / share
 
     def _judged_rows(self) -> Tensor | None:
         """Training rows of judgements, always the same; None: all."""

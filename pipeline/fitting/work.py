@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.bayes.chain import parse_chain
+from pipeline.bayes.kernels import choose_form
 from pipeline.bayes.params import Network
 from pipeline.bayes.target import Potential
 from pipeline.bayes.trees import take_rows
@@ -59,7 +59,9 @@ class Work:
             wanted: Steps, at most.
         """
         row, dim, most_rows = row_operations(potential), potential.network.dim, potential.rows
-        batched = parse_chain(potential.network.module, dim) is not None
+        network = potential.network
+        kind = choose_form(network.module, 1, dim, network.device, batches=network.batches(potential.x))
+        batched = kind == "batched"
         step, judgements = OPERATIONS / FEWEST_STEPS, OPERATIONS / 4 / (1 if batched else JUDGED_ALONE)
         term_rows = min(TERM_ROWS, most_rows)
         seen = look_rows * looks

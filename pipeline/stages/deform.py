@@ -53,7 +53,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     if run.storage.exists(SUMMARY):
         if run.storage.read_json(SUMMARY)["trained_on"] != digest:
             report.note("The blocks have changed since the deformation was fitted: fitting it again.")
-        elif all(job.fitted(run) for job in jobs):
+        elif all(_complete(run, job) for job in jobs):
             return
     check_memory(run, store.plan.dim)
     _fit(run, trainer, report, jobs)
@@ -61,6 +61,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     if settings.kind != "gaussian":
         models, tuned = _tune(run, store, jobs, choice)
         while (nearer := next_radius(run, store.plan, digest, choice, tuned)) is not None:
+            models.clear()  # the next fit needs the memory
             report.note(f"Draws learned up to radius {jobs[0].radius:.4g} are compared with some up to {nearer:.4g}.")
             jobs = _jobs(run, store, digest, selected)
             _fit(run, trainer, report, jobs)
@@ -76,6 +77,11 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     summary = summarise(run, selected, digest, found) | {"learned_to": jobs[0].radius} | tuned
     run.storage.replace_json(SUMMARY, summary)
     report.note(f"Deformation: {_line(summary)}")
+
+
+def _complete(run: Run, job: FitJob) -> bool:
+    """Whether a fit is there, and what was settled about its draws."""
+    return job.fitted(run) and "draw_radius" in run.storage.read_json(facts_path(job.start))
 
 
 def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[FitJob]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from pipeline.errors import RunError
 from pipeline.fitting.job import FOLDER, FitJob, facts_path
 from pipeline.run import Run
 
@@ -36,9 +37,10 @@ def _aside(job: FitJob, radius: float) -> tuple[str, str]:
 def _copy(run: Run, source: tuple[str, str], target: tuple[str, str]) -> None:
     """Weights, then the facts that name their digest; nothing where the two do not belong together."""
     storage = run.storage
-    if not all(storage.exists(path) for path in source):
+    try:
+        data, facts = storage.read(source[0]), storage.read_json(source[1])
+    except (FileNotFoundError, RunError):  # not there, removed by another driver, or damaged: it is fitted again
         return
-    data, facts = storage.read(source[0]), storage.read_json(source[1])
     if hashlib.sha256(data).hexdigest() == facts["weights_sha256"]:
         storage.replace(target[0], data)
         storage.replace_json(target[1], facts)
