@@ -225,4 +225,4 @@ class ClusterConfig(Section):
     gpus_per_actor: Annotated[float, values.number(low=0)] = 0.0
     """Accelerators, or a part of one, that one actor takes."""
     max_restarts: Annotated[int, values.integer(low=0)] = 3
-    """How often a shard is tried again after its actor died."""
+    """How often a shard is tried again after its actor died, and how often the group of training workers."""
