@@ -25,7 +25,7 @@ FIRST = ("test_submit", "test_resume", "test_faults", "test_secrets", "test_own_
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell parallel workers (`-n 2 --dist loadgroup`) what belongs together: modules, and all that needs a service.
+    """Tell parallel workers (`-n 3 --dist loadgroup`) what belongs together: modules, and all that needs a service.
 
     Ray and the S3 server are started by one worker only; jobs, which bring a cluster of their own, have another server.
     The longest begin first: what begins last decides when all end.
