@@ -293,9 +293,7 @@ def of_kind(run: Run, folder: Path, kind: str) -> Run:
     return dataclasses.replace(run, config=run.config.model_copy(update={"deformation": deformation}))
 
 
-def test_what_does_not_fit_into_memory_is_refused_with_its_arithmetic(
-    iris: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_into_memory_is_refused_with_arithmetic(iris: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "machine_memory", lambda: 1000)
     with pytest.raises(RunError, match=r"D x \(3 x rank \+ 40\)"):
         stage.check_memory(iris, 11_000_000)

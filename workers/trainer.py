@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import DamagedBlock, RunError
+from pipeline.errors import RunError
 from pipeline.fitting.fit import fit
 from pipeline.fitting.job import FitJob, Refused, Rows, Told
 from pipeline.fitting.reading import to_rows
@@ -205,10 +205,9 @@ class RayTeam:
             for columns in stream.iter_batches(batch_size=self._batch, batch_format="numpy", prefetch_batches=1):
                 yield to_rows(dict(columns), self.rank, self.size, self._shared)
         except RayTaskError as error:
-            kind = next((kind for kind in (DamagedBlock, RunError) if isinstance(error.cause, kind)), None)
-            if kind is None:
+            if not isinstance(error.cause, RunError):
                 raise
-            raise kind(str(error.cause).splitlines()[0]) from error  # Ray adds lines of its own
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from error  # Ray adds lines of its own
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Distributed data parallel where there is more than one worker."""

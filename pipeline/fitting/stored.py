@@ -7,6 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
+from pipeline.blocks import join_parts
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.store import SampleStore
 
@@ -97,4 +98,4 @@ def _nearest(store: SampleStore, blocks: list[BlockKey], marks: Sequence[float])
 
 
 def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: join_parts([part[name] for part in parts]) for name in parts[0]}

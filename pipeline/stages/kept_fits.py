@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from pipeline.errors import RunError
 from pipeline.fitting.job import FOLDER, FitJob, facts_path
 from pipeline.run import Run
@@ -38,9 +36,9 @@ def _copy(run: Run, source: tuple[str, str], target: tuple[str, str]) -> None:
     """Weights, then the facts that name their digest; nothing where the two do not belong together."""
     storage = run.storage
     try:
-        data, facts = storage.read(source[0]), storage.read_json(source[1])
+        facts = storage.read_json(source[1])
+        data = storage.read_checked(source[0], facts["weights_sha256"])
     except (FileNotFoundError, RunError):  # not there, removed by another driver, or damaged: it is fitted again
         return
-    if hashlib.sha256(data).hexdigest() == facts["weights_sha256"]:
-        storage.replace(target[0], data)
-        storage.replace_json(target[1], facts)
+    storage.replace(target[0], data)
+    storage.replace_json(target[1], facts)
