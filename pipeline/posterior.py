@@ -33,14 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.bayes.deformation.base import Deformation, deal
+from pipeline.bayes.deformation.base import deal
 from pipeline.bayes.params import ParameterLayout
 from pipeline.bayes.predictive import Averaged, PredictiveAverage
 from pipeline.bayes.trees import row_count, to_tensors
 from pipeline.build import Problem, load_problem
 from pipeline.errors import InputError
 from pipeline.fitting.job import FOLDER
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import Source, load_sources
 from pipeline.plan import stream
 from pipeline.run import Run, load_run
 from pipeline.store import SampleStore
@@ -61,16 +61,19 @@ class DrawBatch:
 
 
 class Posterior:
-    """Draws from the deformation models of a run, one a start, in proportion to the walks of the starts."""
+    """Draws from the deformation models of a run, in proportion to the walks of the starts.
+
+    A start has a learned model, and where `deformation.gaussian_share` says so a Gaussian of its walks' points beside it.
+    """
 
     def __init__(self, run: Run):
         self.run = run
         self.store = SampleStore.open(run.storage)
-        shares = [0] * self.store.plan.starts
+        walks = [0] * self.store.plan.starts
         for shard in self.store.plan.shards():
-            shares[shard.start] += shard.walks
-        self.shares = shares
-        self.models: list[Deformation] = [load_deformation(run, start) for start in range(len(shares))]
+            walks[shard.start] += shard.walks
+        self.sources: list[Source] = [source for start in range(len(walks)) for source in load_sources(run, start)]
+        self.shares = [walks[source.start] * source.share for source in self.sources]
         self._problems: dict[int, Problem] = {}
 
     @classmethod
@@ -135,22 +138,25 @@ class Posterior:
             raise InputError(f"The number of draws must be at least 1, got {n}.")
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}.")
+        end = float(self.store.plan.radii()[-1])
+        if radius is not None and not 0 < radius <= end * (1 + 1e-6):
+            raise InputError(f"radius must be above 0 and at most {end:.4g}, where walks end; got {radius}.")
         size = batch or max(1, BATCH_BYTES // (8 * self.dim))
-        rngs = [stream(seed, "posterior", start) for start in range(len(self.models))]
-        owners = deal(self.shares, n)
+        rngs = [stream(seed, f"posterior-{source.name}", source.start) for source in self.sources]
+        owners, starts = deal(self.shares, n), np.array([source.start for source in self.sources])
         for first in range(0, n, size):
             owner = owners[first : first + size]
             theta, levels = None, np.empty(len(owner))
-            for start in np.unique(owner).tolist():
-                rows = np.flatnonzero(owner == start)
-                drawn = self.models[start].draw(rngs[start], len(rows), radius)
+            for number in np.unique(owner).tolist():
+                source, rows = self.sources[number], np.flatnonzero(owner == number)
+                drawn = source.model.draw(rngs[number], len(rows), radius)
                 theta = drawn.new_empty(len(owner), self.dim) if theta is None else theta
                 theta[torch.from_numpy(rows)] = drawn
                 if potential:
-                    problem = self.problem(start)
+                    problem = self.problem(source.start)
                     levels[rows] = problem.potential.value(drawn.to(problem.theta_star)).double().cpu().numpy()
             assert theta is not None
-            yield DrawBatch(theta, owner, levels if potential else None)
+            yield DrawBatch(theta, starts[owner], levels if potential else None)
 
     def predict(self, x: Any, draws: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predictive mean, aleatoric and epistemic uncertainty of new rows.

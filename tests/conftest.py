@@ -25,17 +25,15 @@ FIRST = ("test_submit", "test_resume", "test_faults", "test_secrets", "test_own_
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell parallel workers (`-n 3 --dist loadgroup`) what belongs together: modules, and all that needs a service.
+    """Tell parallel workers (`-n 4 --dist loadgroup`) what belongs together: modules, and all that needs Ray.
 
-    Ray and the S3 server are started by one worker only; jobs, which bring a cluster of their own, have another server.
-    The longest begin first: what begins last decides when all end.
+    One worker only starts Ray; jobs, which bring a cluster of their own, are another's. An S3 server starts in a second
+    or two: each worker has its own. The longest begin first: what begins last decides when all end.
     """
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
-        shared = {"ray_cluster", "s3_server"} & set(getattr(item, "fixturenames", ()))
-        marked = any(item.get_closest_marker(name) for name in ("ray", "s3"))
-        own = item.path.stem == "test_submit" or not (shared or marked)
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if own else "services"))
+        shared = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.path.stem))
 
 
 @pytest.fixture(scope="session")

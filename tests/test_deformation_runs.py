@@ -23,7 +23,7 @@ from pipeline.errors import InputError, RunError
 from pipeline.fitting import work
 from pipeline.fitting.fit import SerialTeam, facts_path, fit
 from pipeline.fitting.job import FitJob, Told
-from pipeline.fitting.loading import load_deformation, load_learned
+from pipeline.fitting.loading import load_learned
 from pipeline.fitting.reading import Directions
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
@@ -110,7 +110,7 @@ def test_on_a_quadratic_draws_rise_as_walks_do(linear: Run) -> None:
 def test_a_broken_model_is_seen(linear: Run, tmp_path: Path) -> None:
     """The first check fails for weights that are half as large."""
     run = moved(linear, tmp_path)
-    model = load_deformation(run, 0)
+    model = load_learned(run, 0)
     assert isinstance(model, Residual)
     store, radius = SampleStore.open(run.storage), model.radius
     points = next(store.points(radius))
@@ -143,7 +143,7 @@ def test_same_seed_same_draws(iris: Run) -> None:
 
 
 def test_weights_survive_their_file(iris: Run) -> None:
-    model = load_deformation(iris, 1)
+    model = load_learned(iris, 1)
     assert isinstance(model, Residual)
     again = Residual.from_tensors(model.to_tensors(), model.chain.look, model.landing.slope)
     rng = np.random.default_rng
@@ -231,30 +231,6 @@ def test_a_killed_fit_goes_on_and_gives_the_same_weights(iris: Run, tmp_path: Pa
     assert len(restored[0]["squares"]) >= 2 and bool(restored[0]["step"]) == (stage_of_death == "remainder")
     before, after = load(iris.storage.read(job.weights)), load(run.storage.read(job.weights))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_gaussian_of_the_points_draws_where_what_was_learned_predicts_worse(
-    iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the driver was killed after the facts of the first start."""
-    assert summary(iris)["drawn_by"] == "learned"
-    run = moved(iris, tmp_path)
-    monkeypatch.setattr(stage, "next_radius", lambda *_: None)
-    monkeypatch.setattr(Residual, "draw", lambda self, rng, n, radius=None: torch.zeros(n, self.dim))
-    found = []
-    for _ in range(2):
-        run.storage.delete("deformation/deformation.json")
-        stage.deform(run, stage.train_in_process, LogProgress())
-        found.append(summary(run))
-        run.storage.replace_json(facts_path(1), run.storage.read_json(facts_path(1)) | {"drawn_by": "learned"})
-    assert found[0] == found[1] and found[0]["drawn_by"] == "gaussian"
-    assert found[0]["learned_validation_nll"] > found[0]["gaussian_validation_nll"] + 0.1
-    model, radius = load_deformation(run, 0), found[0]["radius"]
-    points = np.concatenate([p.theta for p in SampleStore.open(run.storage).points(radius, start=0)]).astype(float)
-    assert isinstance(model, Gaussian) and model.walks == len(points)
-    span, mean = np.linalg.svd(points - points.mean(0))[2][: len(points) - 1], points.mean(0)
-    drawn = model.draw(np.random.default_rng(0), 5).double().numpy() - mean
-    assert np.linalg.norm(drawn - drawn @ span.T @ span) < 1e-3 * np.linalg.norm(drawn)
 
 
 def test_a_fit_that_may_do_least_is_whole(iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

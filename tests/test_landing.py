@@ -24,7 +24,7 @@ from pipeline.fitting import looks, work
 from pipeline.fitting.fit import SerialTeam
 from pipeline.fitting.job import FitJob, facts_path, weights_path
 from pipeline.fitting.landing import LANDED, MOST_STEPS, SLACK, fit_landing
-from pipeline.fitting.loading import load_deformation, load_learned
+from pipeline.fitting.loading import load_learned
 from pipeline.fitting.term import Term
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -245,4 +245,4 @@ def test_weights_without_a_landing_are_refused_with_the_way_out(iris: Run, tmp_p
     facts = run.storage.read_json(facts_path(0)) | {"weights_sha256": hashlib.sha256(old).hexdigest()}
     run.storage.replace_json(facts_path(0), facts)
     with pytest.raises(InputError, match="earlier version"):
-        load_deformation(run, 0)
+        load_learned(run, 0)

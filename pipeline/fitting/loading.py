@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from safetensors.torch import load
 
-from pipeline.bayes.deformation.base import Deformation
+from pipeline.bayes.deformation.base import Deformation, deal
 from pipeline.bayes.deformation.gaussian import Gaussian, Points
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
@@ -16,17 +20,45 @@ from pipeline.run import Run
 from pipeline.store import SampleStore
 
 
-def load_deformation(run: Run, start: int) -> Deformation:
-    """What draws for one start: the fitted model, or a Gaussian where `stages.fall_back` has preferred it.
+@dataclass(frozen=True)
+class Source:
+    """One of the models that draw for a start."""
+
+    start: int
+    name: str
+    """learned or gaussian."""
+    model: Deformation
+    share: float
+    """Of the draws of the start, above 0."""
+
+
+def load_sources(run: Run, start: int) -> list[Source]:
+    """What draws for one start: the fitted model, a Gaussian of the walks' points, or both; see `gaussian_share`.
 
     Raises:
         InputError: The run has no deformation yet, was configured without one, or has one of an earlier version.
     """
     model = load_learned(run, start)
     facts = run.storage.read_json(facts_path(start))
-    if facts.get("drawn_by") != "gaussian" or isinstance(model, Gaussian):
-        return model
-    return gaussian_of(SampleStore.open(run.storage), start, float(facts["draw_radius"]))
+    if "gaussian_share" not in facts:
+        raise InputError(
+            f"{facts_path(start)} of {run.uri} does not say what draws: it is of an earlier version, or unfinished. "
+            "Finish it with 'fiberwalk run': walks and fits stay."
+        )
+    if isinstance(model, Gaussian):
+        return [Source(start, "gaussian", model, 1.0)]
+    share = float(facts["gaussian_share"])
+    learned = [Source(start, "learned", model, 1 - share)] if share < 1 else []
+    if not share:
+        return learned
+    gaussian = gaussian_of(SampleStore.open(run.storage), start, float(facts["gaussian_radius"]))
+    return [*learned, Source(start, "gaussian", gaussian, share)]
+
+
+def dealt(sources: Sequence[Source], draws: int) -> list[tuple[Source, int]]:
+    """How many of the draws of a start each of its models gives."""
+    counts = np.bincount(deal([source.share for source in sources], draws), minlength=len(sources))
+    return list(zip(sources, counts.tolist(), strict=True))
 
 
 def gaussian_of(store: SampleStore, start: int, radius: float) -> Gaussian:
@@ -39,7 +71,7 @@ def load_learned(run: Run, start: int) -> Deformation:
     """The fitted model of one start.
 
     Raises:
-        InputError: As `load_deformation`.
+        InputError: The run has no deformation yet, was configured without one, or has one of an earlier version.
     """
     path = weights_path(start)
     present = run.storage.exists(path) and run.storage.exists(facts_path(start))

@@ -17,19 +17,19 @@ from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, facts_path, memory_estimate
-from pipeline.fitting.loading import load_deformation, load_learned
+from pipeline.fitting.loading import Source, dealt, load_learned, load_sources
 from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run, versions
 from pipeline.stages.draw_radius import choose_draw_radius
-from pipeline.stages.fall_back import choose_source
+from pipeline.stages.gaussian_share import choose_share
 from pipeline.stages.kept_fits import bring_back, forget
 from pipeline.stages.learned_radius import learned_radius, next_radius
 from pipeline.store import SampleStore
 
-__all__ = ["deform", "load_deformation", "train_in_process"]
+__all__ = ["deform", "train_in_process"]
 log = logging.getLogger("fiberwalk")
 SUMMARY = f"{FOLDER}/deformation.json"
 JUDGED = 128
@@ -57,7 +57,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
             return
     check_memory(run, store.plan.dim)
     _fit(run, trainer, report, jobs)
-    tuned: dict[str, Any] = {"draw_radius": selected}
+    tuned: dict[str, Any] = {"draw_radius": selected, "gaussian_share": 1.0}
     if settings.kind != "gaussian":
         models, tuned = _tune(run, store, jobs, choice)
         while (nearer := next_radius(run, store.plan, digest, choice, tuned)) is not None:
@@ -69,8 +69,8 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
         tuned |= _choose(run, store, models, report, selected, tuned["draw_radius"])
     found = []
     for job in jobs:
-        facts = run.storage.read_json(facts_path(job.start)) | {"draw_radius": tuned["draw_radius"]}
-        facts["drawn_by"] = tuned.get("drawn_by", "gaussian")
+        settled = {name: tuned[name] for name in ("draw_radius", "gaussian_share")} | {"gaussian_radius": selected}
+        facts = run.storage.read_json(facts_path(job.start)) | settled
         run.storage.replace_json(facts_path(job.start), facts)
         found.append(judge(run, store, job.start, facts))
     forget(run)
@@ -81,7 +81,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
 
 def _complete(run: Run, job: FitJob) -> bool:
     """Whether a fit is there, and what was settled about its draws."""
-    return job.fitted(run) and "draw_radius" in run.storage.read_json(facts_path(job.start))
+    return job.fitted(run) and "gaussian_share" in run.storage.read_json(facts_path(job.start))
 
 
 def _jobs(run: Run, store: SampleStore, digest: str, selected: float) -> list[FitJob]:
@@ -111,13 +111,16 @@ def _tune(
 def _choose(
     run: Run, store: SampleStore, models: list[Deformation], report: Progress, selected: float, drawn_at: float
 ) -> dict[str, Any]:
-    """Whether what was learned draws; see `stages.fall_back`."""
-    chosen = choose_source(run, store, store.plan, models, selected, drawn_at)
-    if chosen["drawn_by"] == "gaussian":
-        learned, gaussian = chosen["learned_validation_nll"] or math.inf, chosen["gaussian_validation_nll"]
+    """What draws beside what was learned; see `stages.gaussian_share`."""
+    chosen = choose_share(run, store, store.plan, models, selected, drawn_at)
+    if chosen["gaussian_share"] and "mixed_validation_nll" in chosen:
+        learned, gaussian, both = (
+            math.inf if (nll := chosen[f"{name}_validation_nll"]) is None else nll
+            for name in ("learned", "gaussian", "mixed")
+        )
         report.note(
-            "What was learned predicts worse on validation rows than a Gaussian of the walks' points "
-            f"({learned:.4f} and {gaussian:.4f}): that one draws. More walks help."
+            f"A Gaussian of the walks' points gives {chosen['gaussian_share']:.0%} of the draws: on validation rows what "
+            f"was learned has NLL {learned:.4f}, the Gaussian {gaussian:.4f}, both together {both:.4f}."
         )
     return chosen
 
@@ -143,8 +146,7 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
     star = float(problem.potential.value(problem.theta_star[None])[0])
     radius = float(facts["draw_radius"])
     walk = np.concatenate([points.potential for points in store.points(radius, start=start)]) - star
-    model = load_deformation(run, start)
-    rise = potential_of(problem, model, run, start) - star
+    rise = potential_of(problem, load_sources(run, start), run) - star
     level = float(np.quantile(walk, 0.99))
     return facts | {
         "walk_potential_rise": float(walk.mean()),
@@ -155,14 +157,15 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
     }
 
 
-def potential_of(problem: Problem, model: Deformation, run: Run, start: int, draws: int = JUDGED) -> np.ndarray:
-    """Potential of fresh draws, (draws,)."""
-    rng = stream(run.config.seed, "deform-report", start)
-    batch = max(1, min(draws, (256 << 20) // (8 * model.dim)))
+def potential_of(problem: Problem, sources: list[Source], run: Run, draws: int = JUDGED) -> np.ndarray:
+    """Potential of fresh draws of a start, (draws,)."""
     parts: list[Tensor] = []
-    for first in range(0, draws, batch):
-        theta = model.draw(rng, min(batch, draws - first)).to(problem.theta_star)
-        parts.append(problem.potential.value(theta).double().cpu())
+    for source, count in dealt(sources, draws):
+        rng = stream(run.config.seed, f"deform-report-{source.name}", source.start)
+        batch = max(1, min(draws, (256 << 20) // (8 * source.model.dim)))
+        for first in range(0, count, batch):
+            theta = source.model.draw(rng, min(batch, count - first)).to(problem.theta_star)
+            parts.append(problem.potential.value(theta).double().cpu())
     return torch.cat(parts).numpy()
 
 

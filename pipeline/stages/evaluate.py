@@ -27,7 +27,7 @@ from pipeline.bayes.metrics import (
 )
 from pipeline.bayes.predictive import Averaged
 from pipeline.errors import RunError
-from pipeline.fitting.loading import load_deformation
+from pipeline.fitting.loading import dealt, load_sources
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -167,11 +167,10 @@ def deformation_draws(c: Comparison, radius: float | None = None) -> Iterator[tu
     if not c.run.storage.exists(DEFORMATION):
         raise Unavailable("has not been fitted yet")
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
-        if share:
-            model = load_deformation(c.run, start)
-            rng = stream(c.run.config.seed, "evaluate-deformation", start)
-            for first in range(0, share, c.batch()):
-                yield start, model.draw(rng, min(c.batch(), share - first), radius)
+        for source, count in dealt(load_sources(c.run, start), share) if share else ():
+            rng = stream(c.run.config.seed, f"evaluate-{source.name}", start)
+            for first in range(0, count, c.batch()):
+                yield start, source.model.draw(rng, min(c.batch(), count - first), radius)
 
 
 def score(c: Comparison, averaged: Averaged, counts: np.ndarray) -> dict[str, Score]:

@@ -131,8 +131,8 @@ def cost(evaluation: dict[str, Any], plan: dict[str, Any], size: int, blocks: in
     for key, words in (("heldout_error", "deformation, held-out error"), ("potential_rise", "deformation, rise of U")):
         if isinstance(deformation.get(key), int | float):
             facts.append((words, f"{deformation[key]:.4g}"))
-    if deformation.get("drawn_by") == "gaussian":
-        facts.append(("deformation draws from", "a Gaussian of the walks' points predicts better"))
+    if deformation.get("gaussian_share") and deformation["kind"] != "gaussian":
+        facts.append(("deformation, draws of a Gaussian of the walks' points", f"{deformation['gaussian_share']:.0%}"))
     return facts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,8 +74,8 @@ class FreeLaw:
         return cls(int(dim), tensors.get("free.scale"), bool(unit), reach)
 
 
-def deal(shares: list[int], n: int) -> np.ndarray:
-    """Which start each of n draws belongs to, (n,), in proportion to the walks of the starts and in turns.
+def deal(shares: Sequence[float], n: int) -> np.ndarray:
+    """Which of the sources each of n draws belongs to, (n,), in proportion to their shares and in turns.
 
     A prefix of a longer answer is the shorter answer.
     """

@@ -1,0 +1,153 @@
+"""What draws: learned points, a Gaussian of the walks' points, or some of both, as validation rows say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pipeline.bayes.deformation.residual import Residual
+from pipeline.errors import InputError, RunError
+from pipeline.fitting.job import facts_path
+from pipeline.fitting.loading import dealt, load_learned, load_sources
+from pipeline.posterior import Posterior
+from pipeline.progress import LogProgress
+from pipeline.run import Run
+from pipeline.stages import deform as stage
+from pipeline.stages.gaussian_share import LEAST, posterior_mean_share
+from pipeline.store import SampleStore
+from tests.runs import copy_of
+
+SUMMARY = "deformation/deformation.json"
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (3, 0), (2, 5), (40, 2), (0, 2000)])
+def test_rows_that_only_one_can_explain_give_the_mean_of_a_beta_law(first: int, second: int) -> None:
+    """Uniform before, Beta(second + 1, first + 1) after; rows that both explain alike change nothing."""
+    none = np.full(7, 0.3), np.full(7, 0.3)
+    nll = [np.concatenate([none[0], np.zeros(first), np.full(second, np.inf)])]
+    nll += [np.concatenate([none[1], np.full(first, np.inf), np.zeros(second)])]
+    expected = stats.beta(second + 1, first + 1).mean()
+    assert posterior_mean_share(*nll) == pytest.approx(expected, rel=1e-9)
+    assert posterior_mean_share(*reversed(nll)) == pytest.approx(1 - expected, rel=1e-6)
+
+
+def test_the_share_is_the_mean_under_its_density_by_another_rule() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.gamma(1.0, 0.7, 50), rng.gamma(1.0, 0.8, 50)
+    shares = (np.arange(200_000) + 0.5) / 200_000
+    density = np.zeros(len(shares))
+    for p, q in zip(np.exp(-first), np.exp(-second), strict=True):
+        density += np.log((1 - shares) * p + shares * q)
+    density = np.exp(density - density.max())
+    expected = (density * shares).sum() / density.sum()
+    assert posterior_mean_share(first, second) == pytest.approx(expected, rel=1e-6)
+    assert posterior_mean_share(second, first) != pytest.approx(expected, rel=1e-2)
+
+
+def test_rows_that_neither_can_explain_say_nothing() -> None:
+    first, second = np.array([np.inf, 0.2, np.inf]), np.array([np.inf, 0.9, np.inf])
+    assert posterior_mean_share(first, second) == posterior_mean_share(first[1:2], second[1:2])
+    assert posterior_mean_share(first[:1], second[:1]) == pytest.approx(0.5)
+
+
+def redone(run: Run, share: float | str = "auto") -> dict:
+    """Settle again what draws, with this setting; the fits stay."""
+    settings = run.config.deformation.model_copy(update={"gaussian_share": share})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"deformation": settings}))
+    run.storage.delete(SUMMARY)
+    stage.deform(run, stage.train_in_process, LogProgress())
+    return run.storage.read_json(SUMMARY)
+
+
+def test_the_gaussian_draws_where_what_was_learned_predicts_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the driver was killed after the facts of the first start."""
+    run = copy_of("classes", tmp_path)
+    monkeypatch.setattr(stage, "next_radius", lambda *_: None)
+    monkeypatch.setattr(Residual, "draw", lambda self, rng, n, radius=None: torch.zeros(n, self.dim))
+    found = []
+    for _ in range(2):
+        found.append(redone(run))
+        run.storage.replace_json(facts_path(1), run.storage.read_json(facts_path(1)) | {"gaussian_share": 0.0})
+    assert found[0] == found[1] and found[0]["gaussian_share"] > 0.5
+    assert found[0]["learned_validation_nll"] > found[0]["gaussian_validation_nll"] + 0.1
+    assert found[0]["mixed_validation_nll"] < found[0]["learned_validation_nll"]
+
+
+def of_the_gaussian(run: Run, theta: torch.Tensor, starts: np.ndarray) -> np.ndarray:
+    """Which draws lie in the affine span of the points of the walks of their start at the selected radius."""
+    radius, found = float(run.storage.read_json("radius.json")["radius"]), np.empty(len(starts), dtype=bool)
+    for start in np.unique(starts).tolist():
+        points = np.concatenate([p.theta for p in SampleStore.open(run.storage).points(radius, start=start)])
+        mean = points.astype(float).mean(0)
+        span = np.linalg.svd(points - mean, full_matrices=False)[2][: len(points) - 1]
+        offset = theta.double().numpy()[starts == start] - mean
+        outside = offset - offset @ span.T @ span
+        found[starts == start] = np.linalg.norm(outside, axis=1) < 1e-3 * np.linalg.norm(offset, axis=1)
+    return found
+
+
+def test_a_share_that_is_asked_for_is_drawn_and_the_rest_is_learned(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    found = redone(run, 0.25)
+    assert found["gaussian_share"] == 0.25 and "mixed_validation_nll" not in found
+    posterior = Posterior(run)
+    (batch,) = posterior.draw_batches(40, seed=3)
+    gaussian = of_the_gaussian(run, batch.theta, batch.start)
+    assert [(batch.start == start).sum() for start in range(2)] == [20, 20]
+    assert [gaussian[batch.start == start].sum() for start in range(2)] == [5, 5]
+    torch.testing.assert_close(posterior.draw(13, seed=3), batch.theta[:13], rtol=1e-4, atol=1e-5)
+    pieces = torch.cat([part.theta for part in posterior.draw_batches(40, seed=3, batch=7)])
+    torch.testing.assert_close(pieces, batch.theta, rtol=1e-4, atol=1e-5)
+
+    redone(run, 0)
+    learned = Posterior(run).draw(30, seed=3)
+    torch.testing.assert_close(batch.theta[torch.from_numpy(~gaussian)], learned, rtol=1e-4, atol=1e-5)
+    redone(run, 1)
+    (batch,) = Posterior(run).draw_batches(10)
+    assert of_the_gaussian(run, batch.theta, batch.start).all()
+
+
+def test_shares_are_dealt_and_small_ones_are_none(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    share = run.storage.read_json(SUMMARY)["gaussian_share"]
+    assert share == 0 or LEAST <= share <= 1 - LEAST or share == 1
+    redone(run, 0.3)
+    counts = [(source.name, count) for source, count in dealt(load_sources(run, 0), 10)]
+    assert counts == [("learned", 7), ("gaussian", 3)]
+
+
+def test_a_regression_keeps_what_was_learned(tmp_path: Path) -> None:
+    assert redone(copy_of("curve", tmp_path))["gaussian_share"] == 0
+
+
+def test_a_share_without_walks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copy_of("classes", tmp_path)
+    monkeypatch.setattr(SampleStore, "points", lambda *_, **__: iter(()))
+    with pytest.raises(RunError, match=r"deformation\.gaussian_share: 0\.5 asks .*needs at least two .*Set it to 0"):
+        redone(run, 0.5)
+
+
+def test_facts_of_an_earlier_version_are_refused_and_mended(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    facts = run.storage.read_json(facts_path(0))
+    run.storage.replace_json(facts_path(0), {k: v for k, v in facts.items() if k != "gaussian_share"})
+    with pytest.raises(InputError, match="fiberwalk run"):
+        load_sources(run, 0)
+    weights = load_learned(run, 0).to_tensors()
+    stage.deform(run, stage.train_in_process, LogProgress())
+    assert run.storage.read_json(facts_path(0)) == facts
+    assert all(torch.equal(value, weights[name]) for name, value in load_learned(run, 0).to_tensors().items())
+
+
+def test_a_radius_beyond_the_walks_is_refused_whoever_draws(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    redone(run, 1)
+    with pytest.raises(InputError, match="where walks end"):
+        Posterior(run).draw(2, radius=1e4)
