@@ -56,6 +56,8 @@ class DrawBatch:
     """(b, D)."""
     start: np.ndarray
     """MAP estimate around which each lies, (b,)."""
+    learned: np.ndarray
+    """False for draws of the Gaussian of the walks' points, (b,) bool."""
     potential: np.ndarray | None = None
     """U over the training rows in nats, (b,), where it was asked for."""
 
@@ -63,7 +65,7 @@ class DrawBatch:
 class Posterior:
     """Draws from the deformation models of a run, in proportion to the walks of the starts.
 
-    A start has a learned model, and where `deformation.gaussian_share` says so a Gaussian of its walks' points beside it.
+    A start has a learned model, and beside it, as `deformation.gaussian_share` says, a Gaussian of its walks' points.
     """
 
     def __init__(self, run: Run):
@@ -144,6 +146,7 @@ class Posterior:
         size = batch or max(1, BATCH_BYTES // (8 * self.dim))
         rngs = [stream(seed, f"posterior-{source.name}", source.start) for source in self.sources]
         owners, starts = deal(self.shares, n), np.array([source.start for source in self.sources])
+        learned = np.array([source.name == "learned" for source in self.sources])
         for first in range(0, n, size):
             owner = owners[first : first + size]
             theta, levels = None, np.empty(len(owner))
@@ -156,7 +159,7 @@ class Posterior:
                     problem = self.problem(source.start)
                     levels[rows] = problem.potential.value(drawn.to(problem.theta_star)).double().cpu().numpy()
             assert theta is not None
-            yield DrawBatch(theta, starts[owner], levels if potential else None)
+            yield DrawBatch(theta, starts[owner], learned[owner], levels if potential else None)
 
     def predict(self, x: Any, draws: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predictive mean, aleatoric and epistemic uncertainty of new rows.

@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor
 
 from pipeline.bayes.deformation.chain import Gains
-from pipeline.bayes.deformation.gaussian import Gaussian
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.config import parse_config

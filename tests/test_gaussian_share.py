@@ -97,9 +97,11 @@ def test_a_share_that_is_asked_for_is_drawn_and_the_rest_is_learned(tmp_path: Pa
     run = copy_of("classes", tmp_path)
     found = redone(run, 0.25)
     assert found["gaussian_share"] == 0.25 and "mixed_validation_nll" not in found
+    assert found["potential_rise_learned"] < found["potential_rise"]
     posterior = Posterior(run)
     (batch,) = posterior.draw_batches(40, seed=3)
     gaussian = of_the_gaussian(run, batch.theta, batch.start)
+    assert (batch.learned == ~gaussian).all()
     assert [(batch.start == start).sum() for start in range(2)] == [20, 20]
     assert [gaussian[batch.start == start].sum() for start in range(2)] == [5, 5]
     torch.testing.assert_close(posterior.draw(13, seed=3), batch.theta[:13], rtol=1e-4, atol=1e-5)

@@ -59,7 +59,7 @@ def fit_residual(
         rng = stream(run.config.seed, "deform-basis", job.start)
         known = problem.curvature.vectors.detach().to("cpu", dtype).reshape(-1, plan.dim)[: rank // 2]
         basis, captured = fit_basis(team, walks, slopes, theta_star, rank - len(known), rng)
-        basis = towards_curvature(problem, known, basis, samples[0])
+        basis = towards_curvature(team, problem, known, basis, samples[0])
         chain, squares = Chain(theta_star, basis, marks, float(problem.curvature.gamma), look, captured), []
     else:
         chain, squares = Chain.from_tensors(found[0], look), [list(map(float, s)) for s in found[1]["squares"]]
@@ -148,11 +148,11 @@ def fit_basis(
     return leading_basis(sketch, rank).to(theta_star), float(held / energy[0].clamp_min(1e-300))
 
 
-def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+def towards_curvature(team: Team, problem: Problem, known: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
     """Curvature directions at theta*, `known`, and those of the walks, turned to the eigenvectors of the curvature.
 
     Gains of each direction are step sizes, so directions must not mix curvatures. Where Gauss-Newton products would
-    take too long the directions stay as they are.
+    take too long the directions stay as they are. Workers share the products.
     """
     if len(known):
         basis = join_bases(orthonormalise_(known.T.contiguous()).T, basis)
@@ -160,8 +160,12 @@ def towards_curvature(problem: Problem, known: Tensor, basis: Tensor, rows: Tens
         return basis.contiguous()
     part, star = problem.potential.on_rows(rows), problem.theta_star.detach()
     few = max(1, (4 << 20) // basis.shape[1])
-    products = (part.gauss_newton(star, v.to(star)).detach().to(basis) for v in basis.split(few))
-    inner = torch.cat([product @ basis.T for product in products]).double().nan_to_num()
+    mine = torch.arange(team.rank, len(basis), team.size)
+    inner = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    for some in mine.split(few):
+        inner[some] = (part.gauss_newton(star, basis[some].to(star)).detach().to(basis) @ basis.T).double()
+    team.sum([inner])
+    inner = inner.nan_to_num()
     _, turn = torch.linalg.eigh((inner + inner.T) / 2)
     return (turn.flip(1).T.to(basis) @ basis).contiguous()
 

@@ -119,8 +119,8 @@ def _choose(
             for name in ("learned", "gaussian", "mixed")
         )
         report.note(
-            f"A Gaussian of the walks' points gives {chosen['gaussian_share']:.0%} of the draws: on validation rows what "
-            f"was learned has NLL {learned:.4f}, the Gaussian {gaussian:.4f}, both together {both:.4f}."
+            f"A Gaussian of the walks' points gives {chosen['gaussian_share']:.0%} of the draws: on validation rows "
+            f"learned draws have NLL {learned:.4f}, those of the Gaussian {gaussian:.4f}, both together {both:.4f}."
         )
     return chosen
 
@@ -146,26 +146,28 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
     star = float(problem.potential.value(problem.theta_star[None])[0])
     radius = float(facts["draw_radius"])
     walk = np.concatenate([points.potential for points in store.points(radius, start=start)]) - star
-    rise = potential_of(problem, load_sources(run, start), run) - star
+    drawn = dealt(load_sources(run, start), JUDGED)
+    rises = {source.name: potential_of(problem, source, run, count) - star for source, count in drawn if count}
+    rise, learned = np.concatenate(list(rises.values())), rises.get("learned")
     level = float(np.quantile(walk, 0.99))
     return facts | {
         "walk_potential_rise": float(walk.mean()),
         "walk_potential_rise_99": level,
         "potential_rise": finite_or_none(float(rise.mean())),
+        "potential_rise_learned": None if learned is None else finite_or_none(float(learned.mean())),
         "potential_rise_median": finite_or_none(float(np.median(rise))),
         "share_above_99": float((~(rise <= level)).mean()),
     }
 
 
-def potential_of(problem: Problem, sources: list[Source], run: Run, draws: int = JUDGED) -> np.ndarray:
-    """Potential of fresh draws of a start, (draws,)."""
+def potential_of(problem: Problem, source: Source, run: Run, draws: int) -> np.ndarray:
+    """Potential of fresh draws, (draws,)."""
+    rng, model = stream(run.config.seed, f"deform-report-{source.name}", source.start), source.model
+    batch = max(1, min(draws, (256 << 20) // (8 * model.dim)))
     parts: list[Tensor] = []
-    for source, count in dealt(sources, draws):
-        rng = stream(run.config.seed, f"deform-report-{source.name}", source.start)
-        batch = max(1, min(draws, (256 << 20) // (8 * source.model.dim)))
-        for first in range(0, count, batch):
-            theta = source.model.draw(rng, min(batch, count - first)).to(problem.theta_star)
-            parts.append(problem.potential.value(theta).double().cpu())
+    for first in range(0, draws, batch):
+        theta = model.draw(rng, min(batch, draws - first)).to(problem.theta_star)
+        parts.append(problem.potential.value(theta).double().cpu())
     return torch.cat(parts).numpy()
 
 
@@ -176,7 +178,14 @@ def summarise(run: Run, radius: float, digest: str, found: list[dict[str, Any]])
         values = [facts[name] for facts in found if facts.get(name) is not None]
         return float(np.mean(values)) if values else None
 
-    names = ("heldout_error", "potential_rise", "walk_potential_rise", "walk_potential_rise_99", "share_above_99")
+    names = (
+        "heldout_error",
+        "potential_rise",
+        "potential_rise_learned",
+        "walk_potential_rise",
+        "walk_potential_rise_99",
+        "share_above_99",
+    )
     return {
         "kind": run.config.deformation.kind,
         "radius": radius,

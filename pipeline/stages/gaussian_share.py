@@ -81,8 +81,11 @@ def choose_share(
 
 
 def posterior_mean_share(first: np.ndarray, second: np.ndarray) -> float:
-    """w of the module: share of the second, from the NLL of each row (rows,) in nats; infinite where a row has no
-    chance. Half where the rows say nothing.
+    """w of the module, the share of the second; half where the rows say nothing.
+
+    Args:
+        first: NLL of each row, (rows,), in nats; infinite where it has no chance.
+        second: The same of the other model.
     """
     known = np.isfinite(first) | np.isfinite(second)
     nodes, weights = np.polynomial.legendre.leggauss(NODES)

@@ -132,7 +132,9 @@ def cost(evaluation: dict[str, Any], plan: dict[str, Any], size: int, blocks: in
         if isinstance(deformation.get(key), int | float):
             facts.append((words, f"{deformation[key]:.4g}"))
     if deformation.get("gaussian_share") and deformation["kind"] != "gaussian":
-        facts.append(("deformation, draws of a Gaussian of the walks' points", f"{deformation['gaussian_share']:.0%}"))
+        facts.append(("draws of a Gaussian of the walks' points", f"{deformation['gaussian_share']:.0%}"))
+        if deformation["potential_rise_learned"] is not None:
+            facts.append(("rise of U of the other, learned draws", f"{deformation['potential_rise_learned']:.4g}"))
     return facts
 
 

@@ -29,8 +29,9 @@ def sample_draws(
 ) -> None:
     """Write the draws of `Posterior.draw` to a Parquet file, in constant memory.
 
-    Columns: `draw` int64, `start` int16 (the MAP estimate it lies around), `potential` float64 in nats if asked for,
-    and `theta`, a fixed-shape tensor of D numbers. Names and shapes of the parameters stand in the file's metadata.
+    Columns: `draw` int64, `start` int16 (the MAP estimate it lies around), `learned` bool (false for a draw of the
+    Gaussian of the walks' points, see `deformation.gaussian_share`), `potential` float64 in nats if asked for, and
+    `theta`, a fixed-shape tensor of D numbers. Names and shapes of the parameters stand in the file's metadata.
 
     Args:
         run_uri: Address of a finished run.
@@ -63,7 +64,7 @@ def sample_draws(
 
 def _schema(posterior: Posterior, batch: DrawBatch, facts: dict[str, Any]) -> pa.Schema:
     kind = pa.from_numpy_dtype(batch.theta.numpy().dtype)
-    fields = [pa.field("draw", pa.int64()), pa.field("start", pa.int16())]
+    fields = [pa.field("draw", pa.int64()), pa.field("start", pa.int16()), pa.field("learned", pa.bool_())]
     if batch.potential is not None:
         fields.append(pa.field("potential", pa.float64()))
     fields.append(pa.field("theta", pa.fixed_shape_tensor(kind, (posterior.dim,))))
@@ -83,6 +84,7 @@ def _write(writer: pq.ParquetWriter, schema: pa.Schema, batch: DrawBatch, writte
         columns: list[pa.Array] = [
             pa.array(np.arange(written, written + len(part))),
             pa.array(batch.start[rows].astype(np.int16)),
+            pa.array(batch.learned[rows]),
         ]
         if batch.potential is not None:
             columns.append(pa.array(batch.potential[rows]))
