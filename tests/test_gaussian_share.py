@@ -18,41 +18,60 @@ from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages import deform as stage
-from pipeline.stages.gaussian_share import LEAST, posterior_mean_share
+from pipeline.stages.comparison import Comparison
+from pipeline.stages.draw_radius import draws_at
+from pipeline.stages.gaussian_share import LEAST, SHARES, _mixtures, posterior_mean_share
+from pipeline.stages.methods import gaussian_draws
 from pipeline.store import SampleStore
 from tests.runs import copy_of
 
 SUMMARY = "deformation/deformation.json"
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (3, 0), (2, 5), (40, 2), (0, 2000)])
+FINE = np.linspace(0, 1, 20_001)
+
+
+def mixed(first: np.ndarray, second: np.ndarray, shares: np.ndarray = FINE) -> np.ndarray:
+    """NLL of each row under (1 - w) p + w q."""
+    with np.errstate(divide="ignore"):
+        return -np.log(np.outer(1 - shares, np.exp(-first)) + np.outer(shares, np.exp(-second)))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (3, 0), (2, 5), (40, 2), (0, 200)])
 def test_rows_that_only_one_can_explain_give_the_mean_of_a_beta_law(first: int, second: int) -> None:
-    """Uniform before, Beta(second + 1, first + 1) after; rows that both explain alike change nothing."""
-    none = np.full(7, 0.3), np.full(7, 0.3)
-    nll = [np.concatenate([none[0], np.zeros(first), np.full(second, np.inf)])]
-    nll += [np.concatenate([none[1], np.full(first, np.inf), np.zeros(second)])]
+    """Uniform before, Beta(second + 1, first + 1) after; rows that both explain alike, or neither, change nothing."""
+    known, none = np.full(7, 0.3), np.full(3, np.inf)
+    p = np.concatenate([known, np.zeros(first), np.full(second, np.inf), none])
+    q = np.concatenate([known, np.full(first, np.inf), np.zeros(second), none])
     expected = stats.beta(second + 1, first + 1).mean()
-    assert posterior_mean_share(*nll) == pytest.approx(expected, rel=1e-9)
-    assert posterior_mean_share(*reversed(nll)) == pytest.approx(1 - expected, rel=1e-6)
+    assert posterior_mean_share(FINE, mixed(p, q)) == pytest.approx(expected, abs=1e-4)
+    assert posterior_mean_share(FINE, mixed(q, p)) == pytest.approx(1 - expected, abs=1e-4)
 
 
-def test_the_share_is_the_mean_under_its_density_by_another_rule() -> None:
+def test_sixteenths_are_fine_enough() -> None:
+    """For rows as they come, and too coarse a choice of shares is seen."""
     rng = np.random.default_rng(0)
     first, second = rng.gamma(1.0, 0.7, 50), rng.gamma(1.0, 0.8, 50)
-    shares = (np.arange(200_000) + 0.5) / 200_000
-    density = np.zeros(len(shares))
-    for p, q in zip(np.exp(-first), np.exp(-second), strict=True):
-        density += np.log((1 - shares) * p + shares * q)
-    density = np.exp(density - density.max())
-    expected = (density * shares).sum() / density.sum()
-    assert posterior_mean_share(first, second) == pytest.approx(expected, rel=1e-6)
-    assert posterior_mean_share(second, first) != pytest.approx(expected, rel=1e-2)
+    expected = posterior_mean_share(FINE, mixed(first, second))
+    assert posterior_mean_share(SHARES, mixed(first, second, SHARES)) == pytest.approx(expected, abs=0.01)
+    ends = np.array([0.0, 1.0])
+    assert abs(posterior_mean_share(ends, mixed(first, second, ends)) - expected) > 0.1
 
 
-def test_rows_that_neither_can_explain_say_nothing() -> None:
-    first, second = np.array([np.inf, 0.2, np.inf]), np.array([np.inf, 0.9, np.inf])
-    assert posterior_mean_share(first, second) == posterior_mean_share(first[1:2], second[1:2])
-    assert posterior_mean_share(first[:1], second[:1]) == pytest.approx(0.5)
+def test_mixtures_are_scored_with_as_many_draws_as_a_prediction_averages(tmp_path: Path) -> None:
+    """The NLL of each share is that of the draws which a model with this share would average."""
+    run = copy_of("classes", tmp_path)
+    store, radius = SampleStore.open(run.storage), run.storage.read_json(SUMMARY)["radius"]
+    rows = run.dataset.validation
+    c = Comparison.open(run, store.plan, {"validation": rows.x})
+    models = [load_learned(run, start) for start in range(2)]
+    found = _mixtures(c, draws_at(c, models, radius), gaussian_draws(c, store, radius))
+    learned, gaussian = list(draws_at(c, models, radius)), list(gaussian_draws(c, store, radius))
+    assert [len(theta) for _, theta in learned] == [6, 6] == [len(theta) for _, theta in gaussian]
+    for number, most in ((0, 0), (4, 1), (8, 3), (16, 6)):  # of six, as they are dealt
+        some = [(start, theta[: 6 - most]) for start, theta in learned]
+        some += [(start, theta[:most]) for start, theta in gaussian]
+        np.testing.assert_allclose(found[number], c.validation_rows([(s, t) for s, t in some if len(t)]), rtol=1e-12)
 
 
 def redone(run: Run, share: float | str = "auto") -> dict:

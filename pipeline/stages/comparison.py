@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +94,21 @@ class Comparison:
 
     def _average_nll(self, draws: Draws, x: Any, y: np.ndarray) -> np.ndarray:
         """NLL of the average of draws, (rows,), in nats and standardised units; infinite where it breaks."""
+        average = AveragedLikelihood(len(y))
+        for _, nll in self._draw_nll(draws, x, y):
+            average.add(nll)
+        return average.rows()
+
+    def validation_draws(self, draws: Draws) -> Iterator[tuple[int, np.ndarray]]:
+        """Start and NLL of each draw on each validation row, (b, rows), in nats and standardised units."""
+        return self._draw_nll(draws, self.tensors["validation"], self.run.dataset.validation.y)
+
+    def _draw_nll(self, draws: Draws, x: Any, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         target = torch.as_tensor(np.array(y))
-        average = AveragedLikelihood(len(target))
         for start, theta in draws:
             problem = self.problems[start]
             nll = draw_nll(problem.network, problem.likelihood, theta, x, target)
-            average.add(np.where(np.isnan(nll), np.inf, nll))
-        return average.rows()
+            yield start, np.where(np.isnan(nll), np.inf, nll)
 
     def mean_rise(self, draws: Draws) -> float:
         """Mean rise of the summed training NLL of draws over their start's MAP estimate, in nats."""

@@ -1,14 +1,19 @@
 r"""How many draws a Gaussian of the walks' points gives beside what was learned: what validation rows say.
 
-Draws are those of the mixture $(1 - w)\,p + w\,q$ of the learned model p and the Gaussian q. Before the validation
-rows are seen every w is as likely as any other; the density of a new row is then that of the mixture at
+Of n draws of the mixture $m_w = (1 - w)\,p + w\,q$ about w n are of the Gaussian q, the others of the learned model p.
+Before the validation rows are seen every w of `SHARES` is as likely as any other. Given them, the density of a new row
+is that of the mixture at
 
-$$w = \int_0^1 w \prod_i \big((1 - w) p_i + w q_i\big) dw \Big/ \int_0^1 \prod_i \big((1 - w) p_i + w q_i\big) dw ,$$
+$$w = \sum_w w \prod_i m_w(y_i) \Big/ \sum_w \prod_i m_w(y_i) ,$$
 
 so that nothing is tuned: few rows leave about a half, many give the better one all. (Stacking of predictive densities
-takes the most likely w: Yao, Vehtari, Simpson and Gelman 2018, Bayesian Analysis 13.) A learned model wants walks: from
-a few dozen in thousands of dimensions a combination of their points may be worth more than what can be learned from
-them, and where the network itself is surer than its data allow, the wider Gaussian makes up for some of it.
+takes the most likely w: Yao, Vehtari, Simpson and Gelman 2018, Bayesian Analysis 13.) The densities are those of n
+draws together, as many as a prediction averages: of two models whose single draws are poor half of the draws is less
+than half of the model.
+
+A learned model wants walks: from a few dozen in thousands of dimensions a combination of their points may be worth more
+than what can be learned from them, and where the network itself is surer than its data allow, the wider Gaussian makes
+up for some of it.
 """
 
 from __future__ import annotations
@@ -18,19 +23,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.bayes.bootstrap import finite_or_none
-from pipeline.bayes.deformation.base import Deformation
+from pipeline.bayes.deformation.base import Deformation, deal
+from pipeline.bayes.predictive import AveragedLikelihood
 from pipeline.errors import RunError
 from pipeline.plan import WalkPlan
 from pipeline.run import Run
-from pipeline.stages.comparison import Comparison
+from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.draw_radius import draws_at
 from pipeline.stages.methods import Unavailable, gaussian_draws
 from pipeline.store import SampleStore
 
+SHARES = np.linspace(0, 1, 17)
 LEAST = 0.05
 """A smaller share of either is none: it would be felt by nobody, and every draw would have to read the walks."""
-NODES = 256
-"""Of the quadrature; they lie close at both ends, where many rows put the weight."""
 
 
 def choose_share(
@@ -63,7 +68,7 @@ def choose_share(
         if not decides:
             next(draws)
             return {"gaussian_share": wanted, "draw_radius": selected if wanted == 1 else drawn_at}
-        theirs = c.validation_rows(draws)
+        rows = _mixtures(c, draws_at(c, models, drawn_at), draws)
     except Unavailable as error:
         if decides:
             return {"gaussian_share": 0.0, "draw_radius": drawn_at}
@@ -71,31 +76,39 @@ def choose_share(
             f"deformation.gaussian_share: {wanted} asks for draws of a Gaussian of the walks' points, which {error}. "
             "Set it to 0 or auto, or walk more (walk.walks)."
         ) from None
-    ours = c.validation_rows(draws_at(c, models, drawn_at))
-    share = posterior_mean_share(ours, theirs)
+    share = posterior_mean_share(SHARES, rows)
     share = 0.0 if share < LEAST else 1.0 if share > 1 - LEAST else share
-    mixed = _mixed(ours, theirs, np.array([share]))[0]
     names = ("learned_validation_nll", "gaussian_validation_nll", "mixed_validation_nll")
-    told = {name: finite_or_none(float(nll.mean())) for name, nll in zip(names, (ours, theirs, mixed), strict=True)}
+    mixed = rows[int(np.abs(SHARES - share).argmin())]
+    told = {
+        name: finite_or_none(float(nll.mean())) for name, nll in zip(names, (rows[0], rows[-1], mixed), strict=True)
+    }
     return {"gaussian_share": share, "draw_radius": selected if share == 1 else drawn_at} | told
 
 
-def posterior_mean_share(first: np.ndarray, second: np.ndarray) -> float:
-    """w of the module, the share of the second; half where the rows say nothing.
+def _mixtures(c: Comparison, learned: Draws, gaussian: Draws) -> np.ndarray:
+    """NLL of validation rows under the mixture of each of `SHARES`, (shares, rows), each of as many draws in all."""
+    averages = [AveragedLikelihood(len(c.run.dataset.validation.y)) for _ in SHARES]
+    totals = c.share(c.run.config.evaluation.draws)
+    for source, draws in enumerate((learned, gaussian)):
+        seen = [0] * len(totals)
+        for start, nll in c.validation_draws(draws):
+            for share, average in zip(SHARES, averages, strict=True):
+                most = int((deal([1 - share, share], totals[start]) == source).sum())
+                if seen[start] < most:
+                    average.add(nll[: most - seen[start]])
+            seen[start] += len(nll)
+    return np.stack([average.rows() for average in averages])
+
+
+def posterior_mean_share(shares: np.ndarray, nll: np.ndarray) -> float:
+    """w of the module.
 
     Args:
-        first: NLL of each row, (rows,), in nats; infinite where it has no chance.
-        second: The same of the other model.
+        shares: What w may be, (s,).
+        nll: Of each row under the mixture of each of them, (s, rows), in nats; infinite where a row has no chance. Rows
+            that have none under any say nothing.
     """
-    known = np.isfinite(first) | np.isfinite(second)
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    shares = (nodes + 1) / 2
-    log = -_mixed(first[known], second[known], shares).sum(axis=1)
-    mass = weights * np.exp(log - log.max())
+    log = -nll[:, np.isfinite(nll).any(axis=0)].sum(axis=1)
+    mass = np.exp(log - log.max())
     return float((mass * shares).sum() / mass.sum())
-
-
-def _mixed(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """NLL of the mixture, (shares, rows)."""
-    with np.errstate(divide="ignore"):  # a share of 0 or 1
-        return -np.logaddexp(np.log1p(-shares)[:, None] - first, np.log(shares)[:, None] - second)
