@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/fiberwalk run configs/digits.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

@@ -35,7 +35,7 @@ StoragePlace = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run Python code named by a stored configuration.")]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where to write.")]
-Radius = Annotated[float | None, typer.Option("--radius", help="Radius; by default the one that was selected.")]
+Radius = Annotated[float | None, typer.Option("--radius", help="Radius; by default the one that was chosen.")]
 
 
 @app.command()

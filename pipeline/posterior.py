@@ -74,7 +74,9 @@ class Posterior:
         walks = [0] * self.store.plan.starts
         for shard in self.store.plan.shards():
             walks[shard.start] += shard.walks
-        self.sources: list[Source] = [source for start in range(len(walks)) for source in load_sources(run, start)]
+        found = [source for start in range(len(walks)) for source in load_sources(run, start)]
+        # Learned ones first: the first draws then are of as many starts as there can be.
+        self.sources: list[Source] = sorted(found, key=lambda source: source.name != "learned")
         self.shares = [walks[source.start] * source.share for source in self.sources]
         self._problems: dict[int, Problem] = {}
 
@@ -113,7 +115,7 @@ class Posterior:
 
     @property
     def radius(self) -> float:
-        """Radius of draws unless another is asked for."""
+        """Radius of learned draws unless another is asked for, which then counts for those of a Gaussian too."""
         return float(self.facts.get("draw_radius", self.facts["radius"]))
 
     def draw(self, n: int, seed: int = 0, radius: float | None = None) -> Tensor:
@@ -132,7 +134,7 @@ class Posterior:
         Args:
             n: Number of draws.
             seed: Fixes them.
-            radius: Units of the parameters; None takes the selected one.
+            radius: Units of the parameters; None takes the one that was chosen for each model.
             batch: Draws a batch; by default about 64 MB.
             potential: Evaluate U of each draw as well, a forward pass over the training rows.
         """

@@ -25,7 +25,7 @@ FIRST = ("test_submit", "test_resume", "test_faults", "test_secrets", "test_own_
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell parallel workers (`-n 4 --dist loadgroup`) what belongs together: modules, and all that needs Ray.
+    """Tell parallel workers (`-n 3 --dist loadgroup`) what belongs together: modules, and all that needs Ray.
 
     One worker only starts Ray; jobs, which bring a cluster of their own, are another's. An S3 server starts in a second
     or two: each worker has its own. The longest begin first: what begins last decides when all end.

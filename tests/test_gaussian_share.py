@@ -12,12 +12,14 @@ from scipy import stats
 
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.errors import InputError, RunError
-from pipeline.fitting.job import facts_path
+from pipeline.fitting.fit import SerialTeam, fit
+from pipeline.fitting.job import FitJob, facts_path
 from pipeline.fitting.loading import dealt, load_learned, load_sources
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
 from pipeline.stages import deform as stage
+from pipeline.stages import gaussian_share
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.draw_radius import draws_at
 from pipeline.stages.gaussian_share import LEAST, SHARES, _mixtures, posterior_mean_share
@@ -72,6 +74,12 @@ def test_mixtures_are_scored_with_as_many_draws_as_a_prediction_averages(tmp_pat
         some = [(start, theta[: 6 - most]) for start, theta in learned]
         some += [(start, theta[:most]) for start, theta in gaussian]
         np.testing.assert_allclose(found[number], c.validation_rows([(s, t) for s, t in some if len(t)]), rtol=1e-12)
+
+
+def test_where_no_share_gives_every_row_a_chance_what_was_learned_stays() -> None:
+    never = np.array([[np.inf, 0.1], [0.1, np.inf]])
+    assert posterior_mean_share(np.array([0.0, 1.0]), never) == 0
+    assert posterior_mean_share(SHARES, np.full((len(SHARES), 3), np.inf)) == 0
 
 
 def redone(run: Run, share: float | str = "auto") -> dict:
@@ -135,13 +143,29 @@ def test_a_share_that_is_asked_for_is_drawn_and_the_rest_is_learned(tmp_path: Pa
     assert of_the_gaussian(run, batch.theta, batch.start).all()
 
 
-def test_shares_are_dealt_and_small_ones_are_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("found", "share"), [(LEAST - 0.01, 0), (LEAST + 0.01, LEAST + 0.01), (0.96, 1), (0.3, 0.3)])
+def test_small_shares_of_either_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: float, share: float
+) -> None:
+    """Learned draws stay at the radius that was chosen for them, those of the Gaussian at that of the walks."""
     run = copy_of("classes", tmp_path)
-    share = run.storage.read_json(SUMMARY)["gaussian_share"]
-    assert share == 0 or LEAST <= share <= 1 - LEAST or share == 1
-    redone(run, 0.3)
-    counts = [(source.name, count) for source, count in dealt(load_sources(run, 0), 10)]
-    assert counts == [("learned", 7), ("gaussian", 3)]
+    radius, nearer = run.storage.read_json(SUMMARY)["radius"], 0.5 * run.storage.read_json(SUMMARY)["radius"]
+    monkeypatch.setattr(gaussian_share, "posterior_mean_share", lambda *_: found)
+    monkeypatch.setattr(stage, "choose_draw_radius", lambda *_: {"draw_radius": nearer, "draw_radius_curve": []})
+    settled = redone(run)
+    assert settled["gaussian_share"] == share and settled["draw_radius"] == (radius if share == 1 else nearer)
+    sources = {source.name: source for source in load_sources(run, 0)}
+    assert sources.keys() == {name for name, part in (("learned", 1 - share), ("gaussian", share)) if part}
+    assert all(s.model.radius == (nearer if s.name == "learned" else radius) for s in sources.values())
+    if share == 0.3:
+        assert [(s.name, n) for s, n in dealt(load_sources(run, 0), 10)] == [("learned", 7), ("gaussian", 3)]
+
+
+def test_the_first_draws_are_of_different_starts(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    redone(run, 0.5)
+    (batch,) = Posterior(run).draw_batches(6)
+    assert sorted(batch.start[:2].tolist()) == [0, 1] and sorted(batch.start.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_regression_keeps_what_was_learned(tmp_path: Path) -> None:
@@ -149,22 +173,25 @@ def test_a_regression_keeps_what_was_learned(tmp_path: Path) -> None:
 
 
 def test_a_share_without_walks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the last start has none, and a settled one whose walks have gone since."""
     run = copy_of("classes", tmp_path)
-    monkeypatch.setattr(SampleStore, "points", lambda *_, **__: iter(()))
-    with pytest.raises(RunError, match=r"deformation\.gaussian_share: 0\.5 asks .*needs at least two .*Set it to 0"):
+    redone(run, 0.5)
+    points = SampleStore.points
+    monkeypatch.setattr(
+        SampleStore, "points", lambda *a, start=None, **k: points(*a, start=start, **k) if start == 0 else iter(())
+    )
+    with pytest.raises(InputError, match="points of 0 walks around start 1, but 12"):
+        load_sources(run, 1)
+    with pytest.raises(RunError, match=r"deformation\.gaussian_share: 0\.5 asks .*start 1 has fewer\. Set it to 0"):
         redone(run, 0.5)
 
 
-def test_facts_of_an_earlier_version_are_refused_and_mended(tmp_path: Path) -> None:
+def test_facts_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
     run = copy_of("classes", tmp_path)
     facts = run.storage.read_json(facts_path(0))
     run.storage.replace_json(facts_path(0), {k: v for k, v in facts.items() if k != "gaussian_share"})
-    with pytest.raises(InputError, match="fiberwalk run"):
+    with pytest.raises(InputError, match="earlier version"):
         load_sources(run, 0)
-    weights = load_learned(run, 0).to_tensors()
-    stage.deform(run, stage.train_in_process, LogProgress())
-    assert run.storage.read_json(facts_path(0)) == facts
-    assert all(torch.equal(value, weights[name]) for name, value in load_learned(run, 0).to_tensors().items())
 
 
 def test_a_radius_beyond_the_walks_is_refused_whoever_draws(tmp_path: Path) -> None:
@@ -172,3 +199,15 @@ def test_a_radius_beyond_the_walks_is_refused_whoever_draws(tmp_path: Path) -> N
     redone(run, 1)
     with pytest.raises(InputError, match="where walks end"):
         Posterior(run).draw(2, radius=1e4)
+
+
+def test_another_driver_that_ends_the_same_fit_keeps_what_is_settled(tmp_path: Path) -> None:
+    run = copy_of("classes", tmp_path)
+    facts, found = run.storage.read_json(facts_path(1)), run.storage.read_json(SUMMARY)
+    job = FitJob(1, found["learned_to"], found["trained_on"])
+    fit(run, job, SerialTeam(run, job))
+    assert run.storage.read_json(facts_path(1)) == facts
+    run.storage.delete(job.weights)
+    fit(run, job, SerialTeam(run, job))
+    anew = run.storage.read_json(facts_path(1))
+    assert "gaussian_share" not in anew and anew["weights_sha256"] == facts["weights_sha256"]

@@ -111,7 +111,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(
 
 def test_two_drivers_at_once_are_harmless(drivers: Drivers, config: str, tmp_path: Path, undisturbed):
     pair = [drivers.start(command(config, tmp_path)) for _ in range(2)]
-    assert [driver.wait() for driver in pair] == [0, 0]
+    assert [driver.wait() for driver in pair] == [0, 0], [driver.output() for driver in pair]
     assert contents(only_run(tmp_path)) == undisturbed
 
 

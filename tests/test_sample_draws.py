@@ -36,6 +36,8 @@ def test_the_file_holds_the_posteriors_own_draws_with_their_potential(
     metadata = pq.read_metadata(tmp_path / "draws.parquet")
     assert metadata.num_row_groups > 1
     assert json.loads(metadata.metadata[b"fiberwalk.parameters"]) == posterior.store.plan.parameters
+    radii = [float(metadata.metadata[f"fiberwalk.{name}".encode()]) for name in ("radius", "gaussian_radius")]
+    assert radii == [posterior.facts["draw_radius"], posterior.facts["radius"]]
     query = f"select draw, start, potential from '{tmp_path / 'draws.parquet'}' order by draw"
     rows = duckdb.connect().execute(query).fetchall()
     assert [row[0] for row in rows] == list(range(50)) and {row[1] for row in rows} == {0, 1}

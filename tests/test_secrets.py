@@ -20,8 +20,7 @@ def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
 
 
 def fiberwalk(drivers: Drivers, server: S3Server, *arguments: str, **environment: str) -> Driver:
-    variables = {**server.environment, "FIBERWALK_STORAGE_PATIENCE": "2", **environment}
-    return drivers.run(arguments, environment=variables)
+    return drivers.run(arguments, environment=server.environment | environment)
 
 
 def test_nothing_that_a_run_writes_or_says_holds_a_secret(drivers: Drivers, s3: S3Server, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation, deal
 from pipeline.bayes.deformation.gaussian import Gaussian, Points
@@ -18,6 +19,9 @@ from pipeline.fitting.job import facts_path, weights_path
 from pipeline.fitting.reading import KeptPoints
 from pipeline.run import Run
 from pipeline.store import SampleStore
+
+PASS_BYTES = 2**30
+"""Of draws of a Gaussian for which its points are read once."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,38 @@ class Source:
     share: float
     """Of the draws of the start, above 0."""
 
+    def draws(self, rng: np.random.Generator, count: int, most: int, radius: float | None = None) -> Iterator[Tensor]:
+        """`count` draws in batches of at most `most`. A Gaussian reads its points as seldom as memory allows."""
+        step = most if self.name == "learned" else max(most, PASS_BYTES // (8 * self.model.dim))
+        for first in range(0, count, step):
+            yield from self.model.draw(rng, min(step, count - first), radius).split(most)
+
 
 def load_sources(run: Run, start: int) -> list[Source]:
     """What draws for one start: the fitted model, a Gaussian of the walks' points, or both; see `gaussian_share`.
 
     Raises:
-        InputError: The run has no deformation yet, was configured without one, or has one of an earlier version.
+        InputError: The run has no deformation yet, was configured without one, or has one of an earlier version; or
+            walks are missing that the Gaussian was made from.
     """
-    model = load_learned(run, start)
-    facts = run.storage.read_json(facts_path(start))
-    if "gaussian_share" not in facts:
-        raise InputError(
-            f"{facts_path(start)} of {run.uri} does not say what draws: it is of an earlier version, or unfinished. "
-            "Finish it with 'fiberwalk run': walks and fits stay."
-        )
+    model, facts = load_learned(run, start), run.storage.read_json(facts_path(start))
     if isinstance(model, Gaussian):
         return [Source(start, "gaussian", model, 1.0)]
+    if "gaussian_share" not in facts:
+        raise InputError(
+            f"{facts_path(start)} of {run.uri} does not say what draws: it is of an earlier version. Run its "
+            "configuration again, which makes a new run; the walks of the old one can still be exported."
+        )
     share = float(facts["gaussian_share"])
     learned = [Source(start, "learned", model, 1 - share)] if share < 1 else []
     if not share:
         return learned
     gaussian = gaussian_of(SampleStore.open(run.storage), start, float(facts["gaussian_radius"]))
+    if gaussian.walks != facts["gaussian_walks"]:
+        raise InputError(
+            f"{run.uri} has points of {gaussian.walks} walks around start {start}, but {facts['gaussian_walks']} when "
+            "its deformation was settled. Run 'fiberwalk run' again: what is missing is computed anew."
+        )
     return [*learned, Source(start, "gaussian", gaussian, share)]
 
 

@@ -160,9 +160,9 @@ def towards_curvature(team: Team, problem: Problem, known: Tensor, basis: Tensor
         return basis.contiguous()
     part, star = problem.potential.on_rows(rows), problem.theta_star.detach()
     few = max(1, (4 << 20) // basis.shape[1])
-    mine = torch.arange(team.rank, len(basis), team.size)
+    mine = torch.arange(len(basis))[team.rank :: team.size]
     inner = torch.zeros(len(basis), len(basis), dtype=torch.float64)
-    for some in mine.split(few):
+    for some in mine.split(few) if len(mine) else ():
         inner[some] = (part.gauss_newton(star, basis[some].to(star)).detach().to(basis) @ basis.T).double()
     team.sum([inner])
     inner = inner.nan_to_num()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from pyarrow.fs import FileType
-from torch import Tensor
 
 from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.base import Deformation
@@ -17,7 +16,7 @@ from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, facts_path, memory_estimate
-from pipeline.fitting.loading import Source, dealt, load_learned, load_sources
+from pipeline.fitting.loading import Source, dealt, gaussian_of, load_learned, load_sources
 from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
@@ -70,6 +69,8 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     found = []
     for job in jobs:
         settled = {name: tuned[name] for name in ("draw_radius", "gaussian_share")} | {"gaussian_radius": selected}
+        if settings.kind != "gaussian" and tuned["gaussian_share"]:
+            settled["gaussian_walks"] = gaussian_of(store, job.start, selected).walks
         facts = run.storage.read_json(facts_path(job.start)) | settled
         run.storage.replace_json(facts_path(job.start), facts)
         found.append(judge(run, store, job.start, facts))
@@ -141,7 +142,10 @@ def check_memory(run: Run, dim: int) -> None:
 
 
 def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Add what its draws are worth: their rise of U beside the walks' at that radius, and how many lie above 99 %."""
+    """Add what its draws are worth: their rise of U, and how many lie above 99 % of the walks.
+
+    Held against walks at the radius of learned draws; those of a Gaussian may lie further out, and higher.
+    """
     problem = load_problem(run, start, store.plan)
     star = float(problem.potential.value(problem.theta_star[None])[0])
     radius = float(facts["draw_radius"])
@@ -162,12 +166,9 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
 
 def potential_of(problem: Problem, source: Source, run: Run, draws: int) -> np.ndarray:
     """Potential of fresh draws, (draws,)."""
-    rng, model = stream(run.config.seed, f"deform-report-{source.name}", source.start), source.model
-    batch = max(1, min(draws, (256 << 20) // (8 * model.dim)))
-    parts: list[Tensor] = []
-    for first in range(0, draws, batch):
-        theta = model.draw(rng, min(batch, draws - first)).to(problem.theta_star)
-        parts.append(problem.potential.value(theta).double().cpu())
+    rng = stream(run.config.seed, f"deform-report-{source.name}", source.start)
+    batches = source.draws(rng, draws, max(1, (256 << 20) // (8 * source.model.dim)))
+    parts = [problem.potential.value(theta.to(problem.theta_star)).double().cpu() for theta in batches]
     return torch.cat(parts).numpy()
 
 

@@ -168,9 +168,9 @@ def deformation_draws(c: Comparison, radius: float | None = None) -> Iterator[tu
         raise Unavailable("has not been fitted yet")
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         for source, count in dealt(load_sources(c.run, start), share) if share else ():
-            rng = stream(c.run.config.seed, f"evaluate-{source.name}", start)
-            for first in range(0, count, c.batch()):
-                yield start, source.model.draw(rng, min(c.batch(), count - first), radius)
+            rng = stream(c.run.config.seed, f"evaluate-deformation-{source.name}", start)
+            for theta in source.draws(rng, count, c.batch(), radius):
+                yield start, theta
 
 
 def score(c: Comparison, averaged: Averaged, counts: np.ndarray) -> dict[str, Score]:

@@ -18,7 +18,7 @@ from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
-from pipeline.fitting.loading import gaussian_of
+from pipeline.fitting.loading import Source, gaussian_of
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.paths import Paths, read_draws
@@ -26,7 +26,6 @@ from pipeline.stages.scale import noise_is_open
 from pipeline.stages.select import choose_radius, paired_scores
 from pipeline.store import SampleStore
 
-_CONTROL_BYTES = 2**30
 _OUTPUT_BYTES = 2**28
 
 
@@ -131,10 +130,8 @@ def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator
         if model.walks < 2:
             raise Unavailable("needs at least two undiverged walks a start")
         rng = stream(c.run.config.seed, "evaluate-gaussian", start)
-        step = max(1, _CONTROL_BYTES // (8 * model.dim))
-        for first in range(0, share, step):
-            for piece in model.draw(rng, min(step, share - first)).split(c.batch()):
-                yield start, piece
+        for theta in Source(start, "gaussian", model, 1.0).draws(rng, share, c.batch()):
+            yield start, theta
 
 
 def laplace(c: Comparison, model: Laplace | None, linearised: bool) -> Method:

@@ -38,7 +38,7 @@ def sample_draws(
         draws: How many.
         out_uri: A new .parquet file, on disk or on an object store.
         seed: The same seed gives the same draws.
-        radius: Units of the parameters; None takes the selected one.
+        radius: Units of the parameters; None takes the one that was chosen for each model, as the metadata say.
         potential: Add the potential of each draw, a forward pass over the training rows.
         trust_code: Allow a stored configuration to import the Python code that it names.
 
@@ -53,7 +53,9 @@ def sample_draws(
         posterior = Posterior.load(run_uri, trust_code=trust_code)
         batches = posterior.draw_batches(draws, seed, radius, potential=potential)
         first = next(batches)
-        schema = _schema(posterior, first, {"seed": seed, "radius": posterior.radius if radius is None else radius})
+        own = {"radius": posterior.radius, "gaussian_radius": posterior.facts["radius"]}
+        radii = own if radius is None else dict.fromkeys(own, radius)
+        schema = _schema(posterior, first, {"seed": seed} | radii)
         group = max(1, ROW_GROUP_BYTES // (posterior.dim * first.theta.element_size()))
         options: dict[str, Any] = {"use_dictionary": False, "write_statistics": ["draw", "start"]}
         with pq.ParquetWriter(path, schema, **options) as writer:

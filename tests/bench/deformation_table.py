@@ -44,7 +44,7 @@ def test_nll(run: Run, posterior: Posterior, theta: Tensor, start: np.ndarray) -
     return average.rows()
 
 
-def walk_points(run: Run, radius: float, shares: list[int], draws: int) -> tuple[Tensor, np.ndarray]:
+def walk_points(run: Run, radius: float, shares: Sequence[float], draws: int) -> tuple[Tensor, np.ndarray]:
     """Points of the walks and their starts: `draws` of them, or all where there are fewer walks."""
     counts, store, parts = np.bincount(deal(shares, draws), minlength=len(shares)), SampleStore.open(run.storage), []
     for start, count in enumerate(counts.tolist()):
@@ -87,7 +87,7 @@ def line(name: str, nll: np.ndarray, control: np.ndarray, rise: float, extra: st
 
 def fitted(run: Run, kind: str) -> tuple[Run, float]:
     """The run with a deformation of this kind, and the seconds that its fits took."""
-    settings = run.config.deformation.model_copy(update={"kind": kind})
+    settings = run.config.deformation.model_copy(update={"kind": kind, "gaussian_share": 0.0})
     run = dataclasses.replace(run, config=run.config.model_copy(update={"deformation": settings}))
     shutil.rmtree(Path(run.uri, "deformation"), ignore_errors=True)
     seconds: list[float] = []
