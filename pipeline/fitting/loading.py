@@ -35,11 +35,14 @@ class Source:
     share: float
     """Of the draws of the start, above 0."""
 
-    def draws(self, rng: np.random.Generator, count: int, most: int, radius: float | None = None) -> Iterator[Tensor]:
-        """`count` draws in batches of at most `most`. A Gaussian reads its points as seldom as memory allows."""
-        step = most if self.name == "learned" else max(most, PASS_BYTES // (8 * self.model.dim))
-        for first in range(0, count, step):
-            yield from self.model.draw(rng, min(step, count - first), radius).split(most)
+
+def in_batches(
+    model: Deformation, rng: np.random.Generator, count: int, most: int, radius: float | None = None
+) -> Iterator[Tensor]:
+    """`count` draws in batches of at most `most`. A Gaussian reads its points as seldom as memory allows."""
+    step = max(most, PASS_BYTES // (8 * model.dim)) if isinstance(model, Gaussian) else most
+    for first in range(0, count, step):
+        yield from model.draw(rng, min(step, count - first), radius).split(most)
 
 
 def load_sources(run: Run, start: int) -> list[Source]:

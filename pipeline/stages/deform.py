@@ -16,7 +16,7 @@ from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, facts_path, memory_estimate
-from pipeline.fitting.loading import Source, dealt, gaussian_of, load_learned, load_sources
+from pipeline.fitting.loading import Source, dealt, gaussian_of, in_batches, load_learned, load_sources
 from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
@@ -167,7 +167,7 @@ def judge(run: Run, store: SampleStore, start: int, facts: dict[str, Any]) -> di
 def potential_of(problem: Problem, source: Source, run: Run, draws: int) -> np.ndarray:
     """Potential of fresh draws, (draws,)."""
     rng = stream(run.config.seed, f"deform-report-{source.name}", source.start)
-    batches = source.draws(rng, draws, max(1, (256 << 20) // (8 * source.model.dim)))
+    batches = in_batches(source.model, rng, draws, max(1, (256 << 20) // (8 * source.model.dim)))
     parts = [problem.potential.value(theta.to(problem.theta_star)).double().cpu() for theta in batches]
     return torch.cat(parts).numpy()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.base import Deformation
+from pipeline.fitting.loading import in_batches
 from pipeline.plan import WalkPlan, stream
 from pipeline.run import Run
 from pipeline.stages.comparison import Comparison
@@ -74,8 +75,8 @@ def draws_at(c: Comparison, models: list[Deformation], radius: float) -> Iterato
     """Learned draws of all starts, (start, (n, D)): the same random numbers at every radius."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         rng = stream(c.run.config.seed, "deform-radius", start)
-        for first in range(0, share, c.batch()):
-            yield start, models[start].draw(rng, min(c.batch(), share - first), radius)
+        for theta in in_batches(models[start], rng, share, c.batch(), radius):
+            yield start, theta
 
 
 def walks_at_radius(choice: dict[str, Any]) -> dict[str, Any]:

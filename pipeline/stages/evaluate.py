@@ -27,7 +27,7 @@ from pipeline.bayes.metrics import (
 )
 from pipeline.bayes.predictive import Averaged
 from pipeline.errors import RunError
-from pipeline.fitting.loading import dealt, load_sources
+from pipeline.fitting.loading import dealt, in_batches, load_sources
 from pipeline.plan import stream
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -169,7 +169,7 @@ def deformation_draws(c: Comparison, radius: float | None = None) -> Iterator[tu
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
         for source, count in dealt(load_sources(c.run, start), share) if share else ():
             rng = stream(c.run.config.seed, f"evaluate-deformation-{source.name}", start)
-            for theta in source.draws(rng, count, c.batch(), radius):
+            for theta in in_batches(source.model, rng, count, c.batch(), radius):
                 yield start, theta
 
 

@@ -18,7 +18,7 @@ from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
-from pipeline.fitting.loading import Source, gaussian_of
+from pipeline.fitting.loading import gaussian_of, in_batches
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.paths import Paths, read_draws
@@ -130,7 +130,7 @@ def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator
         if model.walks < 2:
             raise Unavailable("needs at least two undiverged walks a start")
         rng = stream(c.run.config.seed, "evaluate-gaussian", start)
-        for theta in Source(start, "gaussian", model, 1.0).draws(rng, share, c.batch()):
+        for theta in in_batches(model, rng, share, c.batch()):
             yield start, theta
 
 
