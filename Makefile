@@ -4,11 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
 
-.PHONY: help install demo test test-slow lint format bench study campaign clean
+.PHONY: help install demo test test-cluster test-slow lint format bench study campaign clean
 
 help:
 	@echo "make demo      run configs/digits.yaml and print its table and the path of its report"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests, but for those of the next line"
+	@echo "make test-cluster  tests that start clusters of their own, and a campaign of faults"
 	@echo "make lint      ruff, pyright and the import rules"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make bench     time the walk, Ray, the store and the deformation models"
@@ -34,6 +35,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m cluster
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

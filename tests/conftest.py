@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved by whatever else the machine does
 
-FIRST = ("test_submit", "test_resume", "test_faults", "test_secrets", "test_own_networks", "test_evaluate")
+FIRST = ("test_resume", "test_faults", "test_secrets", "test_own_networks", "test_evaluate")
 """Modules that take longest, in the order in which workers begin them."""
 
 

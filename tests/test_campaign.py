@@ -12,6 +12,7 @@ from tests.proxy import Proxy
 from tests.s3server import S3Server
 
 
+@pytest.mark.cluster
 @pytest.mark.s3
 def test_a_round_of_random_faults_ends_like_the_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with S3Server(tmp_path / "s3") as server, Proxy(server.port) as proxy:

@@ -59,6 +59,7 @@ def leaks(data: bytes) -> bool:
     return SECRET.encode() in data or KEY.encode() in data
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.timeout(900)
@@ -98,6 +99,7 @@ def test_a_job_that_loses_a_node_ends_with_the_serial_store_and_a_second_one_fin
     assert not leaks(log.encode())
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_the_exit_status_of_a_job_is_that_of_the_run(cluster: LocalCluster, s3: S3Server) -> None:
@@ -108,6 +110,7 @@ def test_the_exit_status_of_a_job_is_that_of_the_run(cluster: LocalCluster, s3: 
     assert job.returncode == 2 and "sklearn:nothing" in log, log
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_strangers_are_refused(cluster: LocalCluster, s3: S3Server, tmp_path: Path) -> None:
