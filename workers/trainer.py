@@ -181,10 +181,10 @@ class RayTeam:
         return box[0]
 
     def sum(self, tensors: list[Tensor]) -> None:
-        """All-reduce, one tensor after the other."""
+        """All-reduce in place."""
         if self.size > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+            for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                cast(Any, work).wait()
 
     def agree(self, error: RunError | None) -> None:
         """See `pipeline.fitting.job.Team.agree`."""
@@ -211,7 +211,8 @@ class RayTeam:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Distributed data parallel where there is more than one worker."""
-        return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
+        # Buffers are the same on all workers, and stay so.
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False) if self.size > 1 else module
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Report a checkpoint; the first worker brings the files."""

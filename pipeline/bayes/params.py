@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from pipeline.bayes.attention import may_use_attention, on_cudnn, plain_attention, without_cudnn
 from pipeline.bayes.casts import AsDouble
+from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.plain import differentiates_twice
 from pipeline.bayes.trees import Tree, take_rows
 from pipeline.errors import InputError, few
@@ -172,8 +173,11 @@ class Network:
         """Whether torch.func can evaluate the network for many parameter vectors at once, and differentiate it twice.
 
         It cannot where control flow depends on values, or where functions have derivatives of their own. Such networks
-        are evaluated one after the other by plain autograd. Tried once, on the first two rows of x.
+        are evaluated one after the other by plain autograd. Tried once, on the first two rows of x; plain chains of
+        layers need not be tried, and torch loads its compiler for it, which takes two seconds of every process.
         """
+        if self._batches is None and parse_chain(self.module, self.dim) is not None:
+            self._batches = True
         if self._batches is None:
             few, theta = take_rows(x, slice(0, 2)), self.theta()
 
