@@ -195,8 +195,8 @@ class DeformationConfig(Section):
     likelihood_weight: Annotated[float | Literal["auto"], values.number(low=0, words=("auto",))] = "auto"
     """Weight of the mean potential of decoded random directions."""
     gaussian_share: Annotated[float | Literal["auto"], values.number(low=0, high=1, words=("auto",))] = "auto"
-    """Share of draws that a Gaussian of the walks' points gives; auto: validation rows of a classification decide,
-    elsewhere 0. With kind: gaussian all."""
+    """Share of draws that a Gaussian of the walks' points gives, which then land as learned ones do; auto: validation
+    rows of a classification decide, elsewhere 0. With kind: gaussian all, and none lands."""
     workers: Count = 2
     """Ray Train workers. Enters the run id: the result depends on it."""
 

@@ -172,9 +172,8 @@ class SampleStore:
         return file, stamp
 
     def _broken(self, key: BlockKey, error: Exception) -> DamagedBlock:
-        reason = " ".join(str(error).split())
         return DamagedBlock(
-            f"{self.storage.uri}/{key.path}: {reason}. "
+            f"{self.storage.uri}/{key.path}: {' '.join(str(error).split())}. "
             f"Run 'fiberwalk verify {self.storage.uri} --repair', then run again."
         )
 
@@ -255,8 +254,7 @@ class SampleStore:
             batch: Most walks of one `Points`; by default as many as fit 64 MB.
         """
         size = batch or max(1, _BATCH_BYTES // (self.plan.dim * np.dtype(self.plan.dtype).itemsize))
-        blocks = self.committed_all()
-        given = 0
+        blocks, given = self.committed_all(), 0
         for shard in self.plan.shards():
             if shard.index not in blocks or start not in (None, shard.start):
                 continue
@@ -268,6 +266,12 @@ class SampleStore:
             given += len(chosen)
             if limit is not None and given >= limit:
                 return
+
+    def undiverged(self, start: int) -> int:
+        """Count the stored walks of a start that never diverged, without reading positions."""
+        blocks = self.committed_all()
+        shards = [s.index for s in self.plan.shards() if s.start == start and s.index in blocks]
+        return sum(len(self._nearest(shard, blocks[shard], 0.0)) for shard in shards)
 
     def _nearest(self, shard: int, blocks: list[int], radius: float) -> list[tuple[int, int, int]]:
         """Return (walk, block, row) of the record nearest to `radius` of each walk that never diverged."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from pipeline.bayes.deformation import landed
+from pipeline.bayes.deformation.gaussian import Gaussian
+from pipeline.bayes.deformation.landed import Landed
+from pipeline.bayes.deformation.landing import Landing
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.errors import InputError, RunError
 from pipeline.fitting.fit import SerialTeam, fit
 from pipeline.fitting.job import FitJob, facts_path
-from pipeline.fitting.loading import dealt, load_learned, load_sources
+from pipeline.fitting.loading import dealt, gaussian_beside, gaussian_of, load_learned, load_sources
+from pipeline.plan import stream
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -23,7 +29,6 @@ from pipeline.stages import gaussian_share
 from pipeline.stages.comparison import Comparison
 from pipeline.stages.draw_radius import draws_at
 from pipeline.stages.gaussian_share import LEAST, SHARES, _mixtures, posterior_mean_share
-from pipeline.stages.methods import gaussian_draws
 from pipeline.store import SampleStore
 from tests.runs import copy_of
 
@@ -67,8 +72,9 @@ def test_mixtures_are_scored_with_as_many_draws_as_a_prediction_averages(tmp_pat
     rows = run.dataset.validation
     c = Comparison.open(run, store.plan, {"validation": rows.x})
     models = [load_learned(run, start) for start in range(2)]
-    found = _mixtures(c, draws_at(c, models, radius), gaussian_draws(c, store, radius))
-    learned, gaussian = list(draws_at(c, models, radius)), list(gaussian_draws(c, store, radius))
+    gaussians = [gaussian_beside(model, store, start, radius) for start, model in enumerate(models)]
+    found = _mixtures(c, draws_at(c, models, radius), draws_at(c, gaussians, radius, "test"))
+    learned, gaussian = list(draws_at(c, models, radius)), list(draws_at(c, gaussians, radius, "test"))
     assert [len(theta) for _, theta in learned] == [6, 6] == [len(theta) for _, theta in gaussian]
     for number, most in ((0, 0), (4, 1), (8, 3), (16, 6)):  # of six, as they are dealt
         some = [(start, theta[: 6 - most]) for start, theta in learned]
@@ -80,6 +86,28 @@ def test_where_no_share_gives_every_row_a_chance_what_was_learned_stays() -> Non
     never = np.array([[np.inf, 0.1], [0.1, np.inf]])
     assert posterior_mean_share(np.array([0.0, 1.0]), never) == 0
     assert posterior_mean_share(SHARES, np.full((len(SHARES), 3), np.inf)) == 0
+
+
+def test_draws_of_the_gaussian_go_back_to_a_curved_fiber(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of the unit circle: their combinations lie off it, and each goes down to the level or stays."""
+    angles = torch.linspace(0, 2 * torch.pi, 40, dtype=torch.float64)
+    circle, star, level = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([1.0, 0.0]).double(), 0.02
+
+    def slope(theta: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        off = theta.square().sum(1) - 1
+        return 10 * off[:, None] * theta, 2.5 * off.square()
+
+    plain = Gaussian(2.0, 2, len(circle), lambda radius: iter(circle.split(7)))
+    lands = Landed(plain, Landing(star, [2.0], [level], slope, steps=8))
+    before, after = (model.draw(np.random.default_rng(5), 200) for model in (plain, lands))
+    above = slope(before, 0)[1] > level
+    assert 100 < above.sum() < 200 and torch.equal(before[~above], after[~above])
+    far = before.norm(dim=1) > 0.2  # nearer to the centre the slope says nothing
+    assert (slope(after, 0)[1][far] < 2 * level).all() and slope(before, 0)[1].mean() > 20 * level
+    monkeypatch.setattr(landed, "PIECE", 14)
+    torch.testing.assert_close(lands.draw(np.random.default_rng(5), 200), after)
+    lands.landing.steps = 0
+    torch.testing.assert_close(lands.draw(np.random.default_rng(5), 200), before)
 
 
 def redone(run: Run, share: float | str = "auto") -> dict:
@@ -107,16 +135,16 @@ def test_the_gaussian_draws_where_what_was_learned_predicts_worse(
     assert found[0]["mixed_validation_nll"] < found[0]["learned_validation_nll"]
 
 
-def of_the_gaussian(run: Run, theta: torch.Tensor, starts: np.ndarray) -> np.ndarray:
-    """Which draws lie in the affine span of the points of the walks of their start at the selected radius."""
-    radius, found = float(run.storage.read_json("radius.json")["radius"]), np.empty(len(starts), dtype=bool)
+def of_the_gaussian(run: Run, theta: torch.Tensor, starts: np.ndarray, seed: int) -> np.ndarray:
+    """Which draws are those of the Gaussian of their start, after the landing of what was learned there."""
+    radius, store = float(run.storage.read_json("radius.json")["radius"]), SampleStore.open(run.storage)
+    found = np.empty(len(starts), dtype=bool)
     for start in np.unique(starts).tolist():
-        points = np.concatenate([p.theta for p in SampleStore.open(run.storage).points(radius, start=start)])
-        mean = points.astype(float).mean(0)
-        span = np.linalg.svd(points - mean, full_matrices=False)[2][: len(points) - 1]
-        offset = theta.double().numpy()[starts == start] - mean
-        outside = offset - offset @ span.T @ span
-        found[starts == start] = np.linalg.norm(outside, axis=1) < 1e-3 * np.linalg.norm(offset, axis=1)
+        landing = cast(Residual, load_learned(run, start)).landing
+        drawn = gaussian_of(store, start, radius).draw(stream(seed, "posterior-gaussian", start), len(starts))
+        drawn = landing.land(drawn - landing.theta_star, radius) + landing.theta_star
+        gaps = torch.cdist(theta[starts == start], drawn).min(1).values
+        found[starts == start] = (gaps < 1e-3 * drawn.norm(dim=1).mean()).numpy()
     return found
 
 
@@ -127,7 +155,7 @@ def test_a_share_that_is_asked_for_is_drawn_and_the_rest_is_learned(tmp_path: Pa
     assert found["potential_rise_learned"] < found["potential_rise"]
     posterior = Posterior(run)
     (batch,) = posterior.draw_batches(40, seed=3)
-    gaussian = of_the_gaussian(run, batch.theta, batch.start)
+    gaussian = of_the_gaussian(run, batch.theta, batch.start, seed=3)
     assert (batch.learned == ~gaussian).all()
     assert [(batch.start == start).sum() for start in range(2)] == [20, 20]
     assert [gaussian[batch.start == start].sum() for start in range(2)] == [5, 5]
@@ -140,7 +168,7 @@ def test_a_share_that_is_asked_for_is_drawn_and_the_rest_is_learned(tmp_path: Pa
     torch.testing.assert_close(batch.theta[torch.from_numpy(~gaussian)], learned, rtol=1e-4, atol=1e-5)
     redone(run, 1)
     (batch,) = Posterior(run).draw_batches(10)
-    assert of_the_gaussian(run, batch.theta, batch.start).all()
+    assert of_the_gaussian(run, batch.theta, batch.start, seed=0).all()
 
 
 @pytest.mark.parametrize(("found", "share"), [(LEAST - 0.01, 0), (LEAST + 0.01, LEAST + 0.01), (0.96, 1), (0.3, 0.3)])
@@ -157,6 +185,7 @@ def test_small_shares_of_either_are_none(
     sources = {source.name: source for source in load_sources(run, 0)}
     assert sources.keys() == {name for name, part in (("learned", 1 - share), ("gaussian", share)) if part}
     assert all(s.model.radius == (nearer if s.name == "learned" else radius) for s in sources.values())
+    assert all(isinstance(s.model, Landed if s.name == "gaussian" else Residual) for s in sources.values())
     if share == 0.3:
         assert [(s.name, n) for s, n in dealt(load_sources(run, 0), 10)] == [("learned", 7), ("gaussian", 3)]
 
@@ -176,10 +205,8 @@ def test_a_share_without_walks_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     """Also where only the last start has none, and a settled one whose walks have gone since."""
     run = copy_of("classes", tmp_path)
     redone(run, 0.5)
-    points = SampleStore.points
-    monkeypatch.setattr(
-        SampleStore, "points", lambda *a, start=None, **k: points(*a, start=start, **k) if start == 0 else iter(())
-    )
+    counted = SampleStore.undiverged
+    monkeypatch.setattr(SampleStore, "undiverged", lambda self, start: 0 if start else counted(self, start))
     with pytest.raises(InputError, match="points of 0 walks around start 1, but 12"):
         load_sources(run, 1)
     with pytest.raises(RunError, match=r"deformation\.gaussian_share: 0\.5 asks .*start 1 has fewer\. Set it to 0"):
@@ -191,6 +218,10 @@ def test_facts_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
     facts = run.storage.read_json(facts_path(0))
     run.storage.replace_json(facts_path(0), {k: v for k, v in facts.items() if k != "gaussian_share"})
     with pytest.raises(InputError, match="earlier version"):
+        load_sources(run, 0)
+    before = {k: v for k, v in facts.items() if k != "gaussian_lands"}
+    run.storage.replace_json(facts_path(0), before | {"gaussian_share": 0.5})
+    with pytest.raises(InputError, match="earlier version, whose Gaussian draws did not land. Remove"):
         load_sources(run, 0)
 
 

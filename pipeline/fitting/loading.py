@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.bayes.deformation.base import Deformation, deal
 from pipeline.bayes.deformation.gaussian import Gaussian, Points
+from pipeline.bayes.deformation.landed import Landed
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
@@ -40,7 +41,7 @@ def in_batches(
     model: Deformation, rng: np.random.Generator, count: int, most: int, radius: float | None = None
 ) -> Iterator[Tensor]:
     """`count` draws in batches of at most `most`. A Gaussian reads its points as seldom as memory allows."""
-    step = max(most, PASS_BYTES // (8 * model.dim)) if isinstance(model, Gaussian) else most
+    step = max(most, PASS_BYTES // (8 * model.dim)) if isinstance(model, Gaussian | Landed) else most
     for first in range(0, count, step):
         yield from model.draw(rng, min(step, count - first), radius).split(most)
 
@@ -64,7 +65,12 @@ def load_sources(run: Run, start: int) -> list[Source]:
     learned = [Source(start, "learned", model, 1 - share)] if share < 1 else []
     if not share:
         return learned
-    gaussian = gaussian_of(SampleStore.open(run.storage), start, float(facts["gaussian_radius"]))
+    if "gaussian_lands" not in facts:
+        raise InputError(
+            f"{facts_path(start)} of {run.uri} is of an earlier version, whose Gaussian draws did not land. Remove the "
+            "folder deformation/ and evaluation.json of the run, then run it again: the walks stay."
+        )
+    gaussian = gaussian_beside(model, SampleStore.open(run.storage), start, float(facts["gaussian_radius"]))
     if gaussian.walks != facts["gaussian_walks"]:
         raise InputError(
             f"{run.uri} has points of {gaussian.walks} walks around start {start}, but {facts['gaussian_walks']} when "
@@ -79,10 +85,15 @@ def dealt(sources: Sequence[Source], draws: int) -> list[tuple[Source, int]]:
     return list(zip(sources, counts.tolist(), strict=True))
 
 
+def gaussian_beside(model: Deformation, store: SampleStore, start: int, radius: float) -> Gaussian | Landed:
+    """What draws beside a learned model: the Gaussian of the walks' points, which lands where the model does."""
+    gaussian = gaussian_of(store, start, radius)
+    return Landed(gaussian, model.landing) if isinstance(model, Residual) else gaussian
+
+
 def gaussian_of(store: SampleStore, start: int, radius: float) -> Gaussian:
     """The Gaussian of the walks' points at a radius."""
-    points = _points(store, start)
-    return Gaussian(radius, store.plan.dim, sum(len(batch) for batch in points(radius)), points)
+    return Gaussian(radius, store.plan.dim, store.undiverged(start), _points(store, start))
 
 
 def load_learned(run: Run, start: int) -> Deformation:

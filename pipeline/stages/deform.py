@@ -16,7 +16,7 @@ from pipeline.build import Problem, load_problem
 from pipeline.errors import RunError
 from pipeline.fitting.fit import train_in_process
 from pipeline.fitting.job import FOLDER, FitJob, Trainer, facts_path, memory_estimate
-from pipeline.fitting.loading import Source, dealt, gaussian_of, in_batches, load_learned, load_sources
+from pipeline.fitting.loading import Source, dealt, in_batches, load_learned, load_sources
 from pipeline.fitting.stored import batch_rows
 from pipeline.machine import machine_memory
 from pipeline.plan import stream
@@ -70,7 +70,7 @@ def deform(run: Run, trainer: Trainer, report: Progress) -> None:
     for job in jobs:
         settled = {name: tuned[name] for name in ("draw_radius", "gaussian_share")} | {"gaussian_radius": selected}
         if settings.kind != "gaussian" and tuned["gaussian_share"]:
-            settled["gaussian_walks"] = gaussian_of(store, job.start, selected).walks
+            settled |= {"gaussian_walks": store.undiverged(job.start), "gaussian_lands": settings.kind == "residual"}
         facts = run.storage.read_json(facts_path(job.start)) | settled
         run.storage.replace_json(facts_path(job.start), facts)
         found.append(judge(run, store, job.start, facts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,10 +71,12 @@ def _furthest(curve: list[dict[str, Any]]) -> float:
     return float(rising[not_worse(scores, np.maximum(errors, equal))]["radius"])
 
 
-def draws_at(c: Comparison, models: list[Deformation], radius: float) -> Iterator[tuple[int, Tensor]]:
-    """Learned draws of all starts, (start, (n, D)): the same random numbers at every radius."""
+def draws_at(
+    c: Comparison, models: Sequence[Deformation], radius: float, purpose: str = "deform-radius"
+) -> Iterator[tuple[int, Tensor]]:
+    """Draws of the models of all starts, (start, (n, D)): the same random numbers at every radius."""
     for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
-        rng = stream(c.run.config.seed, "deform-radius", start)
+        rng = stream(c.run.config.seed, purpose, start)
         for theta in in_batches(models[start], rng, share, c.batch(), radius):
             yield start, theta
 

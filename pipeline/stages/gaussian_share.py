@@ -11,8 +11,8 @@ takes the most likely w: Yao, Vehtari, Simpson and Gelman 2018, Bayesian Analysi
 draws together, as many as a prediction averages: a mixture of few draws is worse than its two densities say.
 
 A learned model wants walks: from a few dozen in thousands of dimensions a combination of their points may be worth more
-than what can be learned from them, and where the network itself is surer than its data allow, the wider Gaussian makes
-up for some of it.
+than what can be learned from them. Combinations of points on a curved fiber lie off it, so that they land as learned
+draws do.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.base import Deformation, deal
 from pipeline.bayes.predictive import AveragedLikelihood
 from pipeline.errors import RunError
-from pipeline.fitting.loading import gaussian_of
+from pipeline.fitting.loading import gaussian_beside
 from pipeline.plan import WalkPlan
 from pipeline.run import Run
 from pipeline.stages.comparison import Comparison, Draws
 from pipeline.stages.draw_radius import draws_at
-from pipeline.stages.methods import gaussian_draws
 from pipeline.store import SampleStore
 
 SHARES = np.linspace(0, 1, 17)
@@ -64,7 +63,8 @@ def choose_share(
     learned = {"gaussian_share": 0.0, "draw_radius": drawn_at}
     if wanted == 0 or wanted == "auto" and not decides:
         return learned
-    few = [start for start in range(plan.starts) if gaussian_of(store, start, selected).walks < 2]
+    gaussians = [gaussian_beside(model, store, start, selected) for start, model in enumerate(models)]
+    few = [start for start, gaussian in enumerate(gaussians) if gaussian.walks < 2]
     if few and decides:
         return learned
     if few:
@@ -75,7 +75,7 @@ def choose_share(
     if wanted != "auto":
         return {"gaussian_share": wanted, "draw_radius": selected if wanted == 1 else drawn_at}
     c = Comparison.open(run, plan, {"validation": rows.x})
-    nll = _mixtures(c, draws_at(c, models, drawn_at), gaussian_draws(c, store, selected))
+    nll = _mixtures(c, draws_at(c, models, drawn_at), draws_at(c, gaussians, selected, "deform-share"))
     share = posterior_mean_share(SHARES, nll)
     share = 0.0 if share < LEAST else 1.0 if share > 1 - LEAST else share
     shown = {"learned": 0, "gaussian": -1, "mixed": int(np.abs(SHARES - share).argmin())}
