@@ -7,11 +7,14 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad
 
+from pipeline.bayes import params
 from pipeline.bayes.batched import BatchedChain
 from pipeline.bayes.chain import parse_chain
 from pipeline.bayes.kernels import choose_form, nll_gradient
 from pipeline.bayes.likelihood import Categorical, Gaussian
+from pipeline.bayes.params import Network
 from pipeline.bayes.passes import Weights
 from tests.gradients import LIKELIHOODS, ROWS, assert_same, conv_net, mlp, problem, truth
 from tests.networks import build
@@ -204,3 +207,14 @@ def test_the_check_catches_a_dropped_gradient(broken, monkeypatch):
     monkeypatch.setattr(Weights, "write", write)
     with pytest.raises(AssertionError, match="gradient"):
         assert_same(kernel(theta), truth(network, Categorical(3), x, y, theta), torch.float32)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, *CONV_NETS])
+def test_plain_chains_batch_without_a_trial_and_one_would_say_the_same(name, monkeypatch: pytest.MonkeyPatch):
+    module, shape = (CONV_NETS[name], (1, 8, 8)) if name in CONV_NETS else (mlp(ACTIVATIONS[name], 3), (4,))
+    x = torch.randn(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tried: list[bool] = []
+    monkeypatch.setattr(params, "grad", lambda f: (tried.append(True), grad(f))[1])
+    assert Network(module, dtype=torch.float64).batches(x) and not tried
+    monkeypatch.setattr(params, "parse_chain", lambda *_: None)
+    assert Network(module, dtype=torch.float64).batches(x) and tried
