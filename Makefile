@@ -9,7 +9,7 @@ BENCH_STAMP := .venv/.installed-bench
 help:
 	@echo "make demo      run configs/digits.yaml and print its table and the path of its report"
 	@echo "make test      run the tests, but for those of the next line"
-	@echo "make test-cluster  tests that start clusters of their own, and a campaign of faults"
+	@echo "make test-cluster  clusters that lose nodes, jobs on them, a campaign of faults"
 	@echo "make lint      ruff, pyright and the import rules"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make bench     time the walk, Ray, the store and the deformation models"

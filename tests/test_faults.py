@@ -80,6 +80,7 @@ def test_killed_actors_lose_nothing(pool: Any, tmp_path: Path, undisturbed: dict
     assert contents(run.storage) == undisturbed
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_the_shards_of_a_lost_node_go_elsewhere(
     ray_cluster: Any, pool: Any, tmp_path: Path, undisturbed: dict[str, str]
