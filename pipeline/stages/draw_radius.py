@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,12 +72,12 @@ def _furthest(curve: list[dict[str, Any]]) -> float:
 
 
 def draws_at(
-    c: Comparison, models: Sequence[Deformation], radius: float, purpose: str = "deform-radius"
+    c: Comparison, models: Iterable[Deformation], radius: float, purpose: str = "deform-radius"
 ) -> Iterator[tuple[int, Tensor]]:
     """Draws of the models of all starts, (start, (n, D)): the same random numbers at every radius."""
-    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
+    for start, (model, share) in enumerate(zip(models, c.share(c.run.config.evaluation.draws), strict=True)):
         rng = stream(c.run.config.seed, purpose, start)
-        for theta in in_batches(models[start], rng, share, c.batch(), radius):
+        for theta in in_batches(model, rng, share, c.batch(), radius):
             yield start, theta
 
 

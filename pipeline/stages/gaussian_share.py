@@ -63,8 +63,7 @@ def choose_share(
     learned = {"gaussian_share": 0.0, "draw_radius": drawn_at}
     if wanted == 0 or wanted == "auto" and not decides:
         return learned
-    gaussians = [gaussian_beside(model, store, start, selected) for start, model in enumerate(models)]
-    few = [start for start, gaussian in enumerate(gaussians) if gaussian.walks < 2]
+    few = [start for start in range(plan.starts) if store.undiverged(start) < 2]
     if few and decides:
         return learned
     if few:
@@ -75,6 +74,8 @@ def choose_share(
     if wanted != "auto":
         return {"gaussian_share": wanted, "draw_radius": selected if wanted == 1 else drawn_at}
     c = Comparison.open(run, plan, {"validation": rows.x})
+    # One after the other: each keeps points in memory.
+    gaussians = (gaussian_beside(model, store, start, selected) for start, model in enumerate(models))
     nll = _mixtures(c, draws_at(c, models, drawn_at), draws_at(c, gaussians, selected, "deform-share"))
     share = posterior_mean_share(SHARES, nll)
     share = 0.0 if share < LEAST else 1.0 if share > 1 - LEAST else share

@@ -18,9 +18,10 @@ from pipeline.bayes.baselines.scaling import fit_noise, fit_scale, rescale, with
 from pipeline.bayes.baselines.second_opinion import INSTALL, SecondOpinion
 from pipeline.bayes.baselines.swag import RATES, fit_swag
 from pipeline.bayes.predictive import Averaged, AveragedLikelihood
-from pipeline.fitting.loading import gaussian_of, in_batches
+from pipeline.fitting.loading import gaussian_of
 from pipeline.plan import stream
 from pipeline.stages.comparison import Comparison, Draws
+from pipeline.stages.draw_radius import draws_at
 from pipeline.stages.paths import Paths, read_draws
 from pipeline.stages.scale import noise_is_open
 from pipeline.stages.select import choose_radius, paired_scores
@@ -125,13 +126,11 @@ def tune_radius(c: Comparison, draws: Callable[[float], Draws], grid: np.ndarray
 
 def gaussian_draws(c: Comparison, store: SampleStore, radius: float) -> Iterator[tuple[int, Tensor]]:
     """Draws of the gaussian control of every start: empirical mean and covariance of its walk points at the radius."""
-    for start, share in enumerate(c.share(c.run.config.evaluation.draws)):
-        model = gaussian_of(store, start, radius)
-        if model.walks < 2:
-            raise Unavailable("needs at least two undiverged walks a start")
-        rng = stream(c.run.config.seed, "evaluate-gaussian", start)
-        for theta in in_batches(model, rng, share, c.batch()):
-            yield start, theta
+    starts = range(store.plan.starts)
+    if any(store.undiverged(start) < 2 for start in starts):
+        raise Unavailable("needs at least two undiverged walks a start")
+    # One after the other: each keeps points in memory.
+    yield from draws_at(c, (gaussian_of(store, start, radius) for start in starts), radius, "evaluate-gaussian")
 
 
 def laplace(c: Comparison, model: Laplace | None, linearised: bool) -> Method:
