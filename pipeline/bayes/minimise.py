@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import optimize
 from torch import Tensor
+from torch.optim.adam import adam
 
 from pipeline.bayes.target import Potential
 
@@ -49,10 +50,9 @@ def first_order(
         rng: Order of the minibatches.
     """
     theta = theta.clone()
-    optimiser = torch.optim.Adam([theta], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
+    mean, square, count = torch.zeros_like(theta), torch.zeros_like(theta), torch.tensor(0.0)
     order, cursor = np.empty(0, dtype=np.int64), 0
-    for _ in range(steps):
+    for step in range(steps):
         rows, scale = None, 1.0
         if 0 < batch < potential.rows:
             if cursor + batch > len(order):
@@ -60,10 +60,14 @@ def first_order(
             rows, scale = torch.as_tensor(order[cursor : cursor + batch], device=theta.device), potential.rows / batch
             cursor += batch
         gradient, _ = potential.nll_gradient(theta[None], rows)
-        theta.grad = gradient[0].to(theta.dtype) * scale + potential.precision * theta
-        optimiser.step()
-        schedule.step()
-    return theta.detach()
+        gradient = gradient[0].to(theta.dtype) * scale + potential.precision * theta
+        # The function: the class imports torch's compiler, which takes every process that estimates two seconds.
+        adam(
+            [theta], [gradient], [mean], [square], [], [count],
+            amsgrad=False, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, maximize=False,
+            lr=learning_rate * (1 + math.cos(math.pi * step / steps)) / 2,
+        )  # fmt: skip
+    return theta
 
 
 CHECK_EVERY = 100

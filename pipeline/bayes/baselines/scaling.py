@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
 from pipeline.bayes.metrics import class_nll, entropy
 from pipeline.bayes.mixture import component_nll
@@ -37,17 +37,14 @@ def fit_scale(averaged: Averaged, y: np.ndarray) -> float:
     where every validation row is right; it counts like half a nat in all and vanishes against many rows.
     """
     target = torch.as_tensor(y)
-    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([log_scale], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
+    def fun(at: np.ndarray) -> tuple[float, np.ndarray]:
+        log_scale = torch.tensor(at[0], requires_grad=True)
         loss = _scaled_nll(log_scale, averaged, target) + 0.5 * log_scale**2 / len(target)
-        loss.backward()
-        return loss
+        (slope,) = torch.autograd.grad(loss, log_scale)
+        return float(loss.detach()), slope.numpy()[None]
 
-    optimiser.step(closure)
-    found = float(log_scale.detach())
+    found = float(minimize(fun, np.zeros(1), jac=True, method="L-BFGS-B", options={"gtol": 1e-10, "ftol": 0}).x[0])
     return float(np.exp(found)) if np.isfinite(found) else 1.0
 
 
