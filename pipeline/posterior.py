@@ -40,7 +40,7 @@ from pipeline.bayes.trees import row_count, to_tensors
 from pipeline.build import Problem, load_problem
 from pipeline.errors import InputError
 from pipeline.fitting.job import FOLDER
-from pipeline.fitting.loading import Source, load_sources
+from pipeline.fitting.loading import Source, Supply, load_sources
 from pipeline.plan import stream
 from pipeline.run import Run, load_run
 from pipeline.store import SampleStore
@@ -146,15 +146,19 @@ class Posterior:
         if radius is not None and not 0 < radius <= end * (1 + 1e-6):
             raise InputError(f"radius must be above 0 and at most {end:.4g}, where walks end; got {radius}.")
         size = batch or max(1, BATCH_BYTES // (8 * self.dim))
-        rngs = [stream(seed, f"posterior-{source.name}", source.start) for source in self.sources]
         owners, starts = deal(self.shares, n), np.array([source.start for source in self.sources])
+        counts = np.bincount(owners, minlength=len(self.sources)).tolist()
+        supplies = [
+            Supply(source.model, stream(seed, f"posterior-{source.name}", source.start), count, radius)
+            for source, count in zip(self.sources, counts, strict=True)
+        ]
         learned = np.array([source.name == "learned" for source in self.sources])
         for first in range(0, n, size):
             owner = owners[first : first + size]
             theta, levels = None, np.empty(len(owner))
             for number in np.unique(owner).tolist():
                 source, rows = self.sources[number], np.flatnonzero(owner == number)
-                drawn = source.model.draw(rngs[number], len(rows), radius)
+                drawn = supplies[number].take(len(rows))
                 theta = drawn.new_empty(len(owner), self.dim) if theta is None else theta
                 theta[torch.from_numpy(rows)] = drawn
                 if potential:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.bayes.deformation.gaussian import Gaussian
-from pipeline.fitting import reading
+from pipeline.fitting import loading, reading
+from pipeline.fitting.loading import Supply
 from pipeline.fitting.reading import KeptPoints
 
 POINTS = torch.from_numpy(np.random.default_rng(0).standard_normal((12, 3)))
@@ -45,3 +46,19 @@ def test_a_reading_that_is_given_up_is_not_taken_for_the_whole() -> None:
     next(kept(1.0))
     assert torch.equal(torch.cat(list(kept(1.0))), POINTS)
     assert reads == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("keep", "ahead", "reads"), [(8, 10 * 8 * 3, 4), (8, 0, 8), (1 << 20, 10 * 8 * 3, 1)])
+def test_draws_are_made_ahead_where_each_reads_all_points(
+    keep: int, ahead: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 of them, asked for in eight pieces: ten at a time at least, never more than are left, and always the same."""
+    for module in (loading, reading):
+        monkeypatch.setattr(module, "KEEP_BYTES", keep)
+    monkeypatch.setattr(loading, "AHEAD_BYTES", ahead)
+    read: list[float] = []
+    supply = Supply(Gaussian(1.0, 3, 12, reader(read)), np.random.default_rng(1), 32)
+    pieces = [supply.take(n) for n in (1, 6, 3, 4, 7, 1, 9, 1)]
+    assert [len(piece) for piece in pieces] == [1, 6, 3, 4, 7, 1, 9, 1] and len(read) == reads
+    whole = Gaussian(1.0, 3, 12, reader([])).draw(np.random.default_rng(1), 32)
+    torch.testing.assert_close(torch.cat(pieces), whole)

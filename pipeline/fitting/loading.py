@@ -17,12 +17,12 @@ from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import load_problem
 from pipeline.errors import InputError
 from pipeline.fitting.job import facts_path, weights_path
-from pipeline.fitting.reading import KeptPoints
+from pipeline.fitting.reading import KEEP_BYTES, KeptPoints
 from pipeline.run import Run
 from pipeline.store import SampleStore
 
-PASS_BYTES = 2**30
-"""Of draws of a Gaussian for which its points are read once."""
+AHEAD_BYTES = 2**30
+"""Most bytes of draws that are made ahead of their use."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,43 @@ class Source:
     """Of the draws of the start, above 0."""
 
 
+class Supply:
+    """Draws of one model, some at a time; which they are does not depend on how many.
+
+    A Gaussian whose points do not fit memory reads all of them to draw: it then draws ahead.
+
+    Args:
+        model: Who draws.
+        rng: Fixes the draws.
+        count: How many there will be.
+        radius: Of the draws; None takes that of the model.
+    """
+
+    def __init__(self, model: Deformation, rng: np.random.Generator, count: int, radius: float | None = None):
+        self._model, self._rng, self._left, self._radius = model, rng, count, radius
+        reads = isinstance(model, Gaussian | Landed) and 8 * model.walks * model.dim > KEEP_BYTES
+        self._ahead = AHEAD_BYTES // (8 * model.dim) if reads else 0
+        self._ready: list[Tensor] = []
+
+    def take(self, n: int) -> Tensor:
+        """The next n draws, (n, D)."""
+        missing = n - sum(map(len, self._ready))
+        if missing > 0:
+            more = min(self._left, max(missing, self._ahead))
+            self._ready.append(self._model.draw(self._rng, more, self._radius))
+            self._left -= more
+        ready = torch.cat(self._ready) if len(self._ready) > 1 else self._ready[0]
+        self._ready = [ready[n:]] if len(ready) > n else []
+        return ready[:n]
+
+
 def in_batches(
     model: Deformation, rng: np.random.Generator, count: int, most: int, radius: float | None = None
 ) -> Iterator[Tensor]:
-    """`count` draws in batches of at most `most`. A Gaussian reads its points as seldom as memory allows."""
-    step = max(most, PASS_BYTES // (8 * model.dim)) if isinstance(model, Gaussian | Landed) else most
-    for first in range(0, count, step):
-        yield from model.draw(rng, min(step, count - first), radius).split(most)
+    """`count` draws in batches of at most `most`."""
+    supply = Supply(model, rng, count, radius)
+    for first in range(0, count, most):
+        yield supply.take(min(most, count - first))
 
 
 def load_sources(run: Run, start: int) -> list[Source]:
