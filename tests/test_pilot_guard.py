@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,3 +50,17 @@ def test_another_correction_that_was_held_back_does_not_count(monkeypatch: pytes
     best = trial(dataclasses.replace(PLAN, correction="momentum"), 0.5, 10.0)
     nobody: Any = None
     assert pilot._with_wider_guard(nobody, best, [other, best], nobody) is best
+
+
+@pytest.mark.parametrize(("end", "radius", "past"), [(0.0, 0.0, True), (4.0, 4.0, True), (10.0, 10.0, False)])
+def test_where_the_rise_decides_what_was_walked_counts(
+    end: float, radius: float, past: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Walks that the guard lets not move never pass the limit of the rise, and are no reason for a longer walk."""
+    monkeypatch.setattr(pilot, "uses_validation", lambda run: False)
+    records = range(1, pilot.RECORDS + 1)
+    curve = [{"radius": end * k / pilot.RECORDS, "nll_rise": 0.0, "validation_nll": None} for k in records]
+    monkeypatch.setattr(pilot, "_curve", lambda *_: curve)
+    nobody: Any = None
+    found = pilot._try(nobody, PLAN, SimpleNamespace(info={"gamma": 4.0}))  # type: ignore[arg-type]
+    assert (found.radius, found.score, found.past) == (radius, -radius, past)

@@ -211,9 +211,10 @@ def _try(run: Run, plan: WalkPlan, problem: Problem) -> _Trial:
         return _Trial(plan, at["radius"], at["validation_nll"], _past(scored), curve, _steps(curve, plan))
     limit = problem.info["gamma"] / 2
     curve = _curve(run, plan, problem, lambda curve: _crossing(curve, limit) is not None)
-    radius = _crossing(curve, limit)
-    found = plan.length if radius is None else radius
-    return _Trial(plan, found, -found, radius is not None, curve, _steps(curve, plan))
+    radius, walked = _crossing(curve, limit), _Trial(plan, plan.length, -plan.length, False, curve, _steps(curve, plan))
+    if radius is None and _held_back(walked):  # the guard may have let nobody move
+        radius = curve[-1]["radius"]
+    return walked if radius is None else dataclasses.replace(walked, radius=radius, score=-radius, past=True)
 
 
 def _past(curve: list[dict[str, Any]]) -> bool:
