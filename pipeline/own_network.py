@@ -204,6 +204,9 @@ def _check_layers(module: nn.Module, where: str) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_complex():
             raise InputError(f"{where}: {name} is complex; parameters must be real numbers")
+    for name, buffer in module.named_buffers():
+        if buffer.is_complex():
+            raise InputError(f"{where}: {name} is complex; keep the real and the imaginary part of a buffer in two")
     for name, layer in module.named_modules():
         by_batch = isinstance(layer, _NormBase) and not layer.track_running_stats
         if by_batch and not isinstance(layer, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):

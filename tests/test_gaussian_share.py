@@ -232,6 +232,25 @@ def test_a_radius_beyond_the_walks_is_refused_whoever_draws(tmp_path: Path) -> N
         Posterior(run).draw(2, radius=1e4)
 
 
+def test_draws_of_the_gaussian_reach_the_radius_that_is_asked_for(tmp_path: Path) -> None:
+    """Between records, and nearer than the first, points are those of the nearest one, stretched."""
+    run = copy_of("classes", tmp_path)
+    store = SampleStore.open(run.storage)
+    first, second = store.plan.radii()[:2].tolist()
+    model = cast(Residual, load_learned(run, 0))
+    model.landing.steps = 0
+    star = model.chain.theta_star
+
+    def spread(radius: float) -> torch.Tensor:
+        gaussian = gaussian_beside(model, store, 0, first)
+        return gaussian.draw(np.random.default_rng(0), 20, radius) - star
+
+    torch.testing.assert_close(spread(first), gaussian_of(store, 0, first).draw(np.random.default_rng(0), 20) - star)
+    torch.testing.assert_close(spread(0.01 * first), 0.01 * spread(first), rtol=1e-3, atol=1e-5)
+    between = 0.3 * first + 0.7 * second
+    torch.testing.assert_close(spread(between), between / second * spread(second), rtol=1e-3, atol=1e-5)
+
+
 def test_another_driver_that_ends_the_same_fit_keeps_what_is_settled(tmp_path: Path) -> None:
     run = copy_of("classes", tmp_path)
     facts, found = run.storage.read_json(facts_path(1)), run.storage.read_json(SUMMARY)

@@ -65,9 +65,12 @@ def numbers(values: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
     values = _plain(values, name, where)
     if pa.types.is_string(values.type):
         texts = [text.as_py() for text in values]
-        wrong = next((row for row, text in enumerate(texts) if text is not None and not is_number(text)), None)
-        if wrong is not None and texts[wrong] != "?":
-            raise InputError(f"{where}: column '{name}' must be numbers, row {wrong} holds '{texts[wrong]}'")
+        strange = (
+            row for row, text in enumerate(texts) if text not in (None, "?") and not is_number(text, comma=False)
+        )
+        if (row := next(strange, None)) is not None:
+            way = "; write numbers with a decimal point and nothing between thousands" if is_number(texts[row]) else ""
+            raise InputError(f"{where}: column '{name}' must be numbers, row {row} holds '{texts[row]}'{way}")
         values = pa.chunked_array([[None if text in (None, "?") else float(text) for text in texts]], pa.float64())
     _refuse_missing(values, name, where)
     if pa.types.is_boolean(values.type):

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import DataConfig
-from pipeline.data.arrays import LARGEST, Digest, Inputs, Rows, count_rows, map_arrays, named_arrays, select_rows
+from pipeline.data.arrays import Digest, Inputs, Rows, count_rows, map_arrays, select_rows
 from pipeline.data.columns import encode_columns, learn_columns
-from pipeline.data.schema import DataSchema, Part, Parts, check_arrays
+from pipeline.data.schema import DataSchema, Part, Parts, check_arrays, refuse_huge
 from pipeline.data.sources import Raw, read_source
 from pipeline.data.splits import Splits, split_rows
 from pipeline.data.tables import parquet_shape, refuse_what_does_not_fit
@@ -42,7 +42,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     raw, splits, kept = _read(config, seed)
     where = f"data.source: {config.source}"
     x, schema_columns = _inputs(raw, where)
-    _refuse_huge(x, where)
+    refuse_huge(x, where)
     at = splits if kept is None else splits.within(kept)
     y, classes = _targets(_present(raw.y), raw, config, at)
     parts = _learn_parts(select_rows(x, at.train), raw.tokens, config.standardize)
@@ -119,14 +119,6 @@ def _inputs(raw: Raw, where: str) -> tuple[Inputs, tuple]:
     return x, ()
 
 
-def _refuse_huge(x: Inputs, where: str) -> None:
-    """Squares of such numbers overflow in single precision, so that not even their spread can be computed."""
-    for name, array in named_arrays(x):
-        most = max(float(array.max()), -float(array.min())) if array.size else 0.0
-        if most > LARGEST:
-            raise InputError(f"{where}: {name} holds {most:.3g}; numbers must be at most {LARGEST:g}. Rescale them")
-
-
 def _targets(values: np.ndarray, raw: Raw, config: DataConfig, splits: Splits) -> tuple[np.ndarray, tuple[str, ...]]:
     where = f"data.source: {config.source}"
     if config.task == "regression":
@@ -183,7 +175,7 @@ def _learn_part(array: np.ndarray, tokens: bool, standardize: bool) -> Part:
     if axes is not None:
         mean, std = mean[0], std[0]
     # A column that does not vary is rounding noise in its standard deviation, which must not be blown up.
-    std = np.where(std <= 1e-12 * np.maximum(1.0, np.abs(mean)), 1.0, std)
+    std = np.where(std <= CONSTANT * np.abs(mean), 1.0, std)
     return Part(shape, dtype, scale, np.asarray(mean), np.asarray(std))
 
 

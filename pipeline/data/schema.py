@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.arrays import Inputs, map_arrays, named_arrays
+from pipeline.data.arrays import LARGEST, Inputs, map_arrays, named_arrays
 from pipeline.data.columns import Column, encode_columns
 from pipeline.errors import InputError
 
@@ -140,6 +140,7 @@ class DataSchema:
             raise InputError(f"{where} must hold {len(self.parts)} arrays, got {len(raw)}")
         map_arrays(lambda part, array: _check_part(part, array, where), self.parts, raw)
         check_arrays(raw, where)
+        refuse_huge(raw, where)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -164,6 +165,8 @@ class DataSchema:
 def check_arrays(x: Inputs, where: str) -> None:
     """Refuse inputs that are no numbers, differ in rows, or are not finite. Raises InputError."""
     rows: int | None = None
+    if not any(True for _ in named_arrays(x)):
+        raise InputError(f"{where} holds no inputs: it is {'an empty mapping' if isinstance(x, dict) else 'empty'}")
     for name, array in named_arrays(x):
         place = where if name == "x" else f"{where} {name}"
         if array.dtype.kind not in "fiub" or array.ndim < 1:
@@ -180,6 +183,14 @@ def check_arrays(x: Inputs, where: str) -> None:
             raise InputError(
                 f"{place}: {len(wrong)} {kind} values, the first in row {wrong[0][0]}{column}; remove or fill them"
             )
+
+
+def refuse_huge(x: Inputs, where: str) -> None:
+    """Squares of such numbers overflow in single precision, so that not even their spread can be computed."""
+    for name, array in named_arrays(x):
+        most = max(float(array.max()), -float(array.min())) if array.size else 0.0
+        if most > LARGEST:
+            raise InputError(f"{where}: {name} holds {most:.3g}; numbers must be at most {LARGEST:g}. Rescale them")
 
 
 def _check_part(part: Part, array: np.ndarray, where: str) -> None:

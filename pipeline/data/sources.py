@@ -87,7 +87,10 @@ def _target_name(table: pa.Table, target: int | str | None, where: str) -> str |
         if near
         else f"; there are {', '.join(names[:12])}" + (", ..." if len(names) > 12 else "")
     )
-    raise InputError(f"data.target: {where} has no column '{target}'{hint}")
+    first = (
+        "; its first line was taken for data, not for names" if b"headerless" in (table.schema.metadata or {}) else ""
+    )
+    raise InputError(f"data.target: {where} has no column '{target}'{hint}{first}")
 
 
 def _sklearn(name: str, setting: str) -> Raw:

@@ -119,7 +119,8 @@ def read_parquet(uri: str, setting: str = "data.source", keep: np.ndarray | None
     for part in _parts(uri, setting):
         with _parquet(part, setting) as file:
             names = [name for name in file.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
-            schema, rows = pa.schema([file.schema_arrow.field(name) for name in names]), file.metadata.num_rows
+            schema = _plain_schema(pa.schema([file.schema_arrow.field(name) for name in names]))
+            rows = file.metadata.num_rows
             inside = None if keep is None else keep[(keep >= first) & (keep < first + rows)] - first
             tables.append(pa.Table.from_batches(_kept(file, names, inside), schema))
             first += rows
@@ -142,6 +143,7 @@ def _kept(file: parquet.ParquetFile, names: list[str], keep: np.ndarray | None) 
             row = first
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names):
                 end = row + len(batch)
+                batch = batch.cast(_plain_schema(batch.schema))
                 if keep is None:
                     yield batch
                 else:
@@ -149,6 +151,11 @@ def _kept(file: parquet.ParquetFile, names: list[str], keep: np.ndarray | None) 
                     yield batch.take(pa.array(inside - row))
                 row = end
         first = last
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    """Views of text as text: rows cannot be taken from them."""
+    return pa.schema([f.with_type(pa.string()) if pa.types.is_string_view(f.type) else f for f in schema])
 
 
 def read_csv(uri: str, setting: str = "data.source", target: int | str | None = None) -> pa.Table:
@@ -270,10 +277,10 @@ def _numbers_then_name(first: list[str], rest: list[list[str]]) -> bool:
     return len(numbers) > 2 and consecutive and len(numbers) < len(first) and bool(rest)
 
 
-def is_number(text: str) -> bool:
-    """Whether a cell reads as a number, with decimal point or comma."""
+def is_number(text: str, *, comma: bool = True) -> bool:
+    """Whether a cell reads as a number, with a decimal point or, if wanted, a comma."""
     try:
-        float(text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text)
+        float(text.replace(",", ".") if comma and _DECIMAL_COMMA.fullmatch(text) else text)
     except ValueError:
         return False
-    return text.lower() not in _MISSING
+    return text.lower() not in _MISSING and "_" not in text  # Python reads 10_20 as 1020

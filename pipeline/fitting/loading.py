@@ -117,8 +117,10 @@ def dealt(sources: Sequence[Source], draws: int) -> list[tuple[Source, int]]:
 
 def gaussian_beside(model: Deformation, store: SampleStore, start: int, radius: float) -> Gaussian | Landed:
     """What draws beside a learned model: the Gaussian of the walks' points, which lands where the model does."""
-    gaussian = gaussian_of(store, start, radius)
-    return Landed(gaussian, model.landing) if isinstance(model, Residual) else gaussian
+    if not isinstance(model, Residual):
+        return gaussian_of(store, start, radius)
+    points = _points(store, start, model.chain.theta_star)
+    return Landed(Gaussian(radius, store.plan.dim, store.undiverged(start), points), model.landing)
 
 
 def gaussian_of(store: SampleStore, start: int, radius: float) -> Gaussian:
@@ -162,9 +164,17 @@ def load_learned(run: Run, start: int) -> Deformation:
     return model
 
 
-def _points(store: SampleStore, start: int) -> Points:
-    """The walks' points at any recorded radius."""
-    return KeptPoints(lambda radius: (torch.from_numpy(p.theta) for p in store.points(radius, start=start)))
+def _points(store: SampleStore, start: int, star: Tensor | None = None) -> Points:
+    """The walks' points at any radius: those of the nearest record, and with theta* at hand stretched to the radius."""
+
+    def read(radius: float) -> Iterator[Tensor]:
+        radii = store.plan.radii()
+        stretch = radius / float(radii[np.abs(radii - radius).argmin()])
+        for points in store.points(radius, start=start):
+            theta = torch.from_numpy(points.theta)
+            yield theta if star is None or abs(stretch - 1) < 1e-6 else star + (theta - star) * stretch
+
+    return KeptPoints(read)
 
 
 def drawn_at(run: Run, start: int, otherwise: float) -> float:
