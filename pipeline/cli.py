@@ -54,10 +54,13 @@ def run(
     from pipeline.stages.check_weights import check_weights
     from pipeline.stages.cost import estimate_cost, refuse_what_does_not_fit
     from pipeline.terminal import shown_progress
+    from workers.address import check_address
 
     job = prepare(load_config(config, _with_places(overrides, storage, address)))
     refuse_what_does_not_fit(estimate_cost(job))
     check_weights(job)
+    if job.config.cluster.address and not serial and not job.storage.exists("run.json"):
+        check_address(job.config.cluster.address)  # before anything is written
     claim(job)
     out.print(job.uri)
     if finished(job):
@@ -179,7 +182,10 @@ def export(
     """Write the sample store for downstream analysis, in constant memory."""
     from pipeline.stages.export import export as write_export
 
-    write_export(run_uri, format, out_uri, radius=radius, thin=thin, parameters=parameters, trust_code=trust_code)
+    done = write_export(
+        run_uri, format, out_uri, radius=radius, thin=thin, parameters=parameters, trust_code=trust_code
+    )
+    sys.stderr.write(done.left_out)
     out.print(out_uri)
 
 

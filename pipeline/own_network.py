@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import CheckpointError
 
 from pipeline.bayes.attention import plain_attention
@@ -201,13 +203,16 @@ def _change(network: Network, theta: Tensor, along: Tensor, x: Any) -> Tensor:
 def _check_layers(module: nn.Module, where: str) -> None:
     if next(module.parameters(), None) is None:
         raise InputError(f"{where}: the network has no parameters")
-    for name, parameter in module.named_parameters():
-        if parameter.is_complex():
-            raise InputError(f"{where}: {name} is complex; parameters must be real numbers")
-    for name, buffer in module.named_buffers():
-        if buffer.is_complex():
-            raise InputError(f"{where}: {name} is complex; keep the real and the imaginary part of a buffer in two")
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_complex():
+            raise InputError(f"{where}: {name} is complex; parameters and buffers must be real numbers")
     for name, layer in module.named_modules():
+        hooks = layer._forward_pre_hooks.values()
+        if isinstance(layer, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+            raise InputError(
+                f"{where}: {name} is spectral_norm, which follows the weights in training mode only; remove it with "
+                "torch.nn.utils.parametrize.remove_parametrizations or remove_spectral_norm: the weights stay"
+            )
         by_batch = isinstance(layer, _NormBase) and not layer.track_running_stats
         if by_batch and not isinstance(layer, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
             raise InputError(

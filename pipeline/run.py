@@ -165,5 +165,5 @@ def _other_data(run: Run, stored: dict[str, Any]) -> str:
     what = "; ".join(fields) or "same shape, other values"
     return (
         f"{run.uri} exists with other data: digest {stored['data_digest'][:12]} -> {run.dataset.digest[:12]} ({what}). "
-        "Bring the old data back, or use another name."
+        f"Bring the old data back, or use another name; 'fiberwalk verify {run.uri}' says whether run.json is damaged."
     )

@@ -36,6 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "class table(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.e = torch.nn.Embedding(79, 2)\n    def forward(self, ids):\n        return self.e(ids).sum(1)\n"
         "def breaks():\n    raise RuntimeError('first line\\nsecond line')\n"
+        "def empty():\n    return {}, torch.arange(40).numpy() % 2\n"
         "def numbers():\n    return torch.zeros(40, 2).numpy(), torch.zeros(40).numpy()\n"
     )
     return tmp_path
@@ -92,6 +93,9 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
         (["data.source=good.csv"], ["did you mean csv:good.csv?"]),
         (["model.architecture=own_bad_input:wide"], ["did you mean python:own_bad_input:wide?"]),
         (["model.weights=."], ["model.weights", "is a folder"]),
+        (["data.source=python:own_bad_input:empty", "data.target=null"], ["holds no inputs", "an empty mapping"]),
+        (["cluster.address=127.0.0.1:9"], ["cluster.address: no Ray cluster answers at 127.0.0.1:9"]),
+        (["cluster.address=http://127.0.0.1:9"], ["is a job server", "fiberwalk submit"]),
     ],
     ids=lambda value: value[0] if value and "=" in value[0] else "",
 )

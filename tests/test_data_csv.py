@@ -46,6 +46,33 @@ class TestCsv:
         data = load(source=csv(tmp_path / "t.csv", text), target="y", standardize=False)
         np.testing.assert_array_equal(np.asarray(data.train.x)[:, 0], data.train.index + 0.5)
 
+    def test_what_only_python_takes_for_a_number_is_a_level(self, tmp_path: Path) -> None:
+        bins = ["0_10", "10_20", "20_30"]
+        text = "age,a,y\n" + "".join(f"{bins[k % 3]},{k},{k % 2}\n" for k in range(30))
+        data = load(source=csv(tmp_path / "t.csv", text), target="y")
+        assert [column.levels for column in data.schema.features] == [tuple(bins), ()]
+
+    @pytest.mark.parametrize("cell", ["3,5", "1,125"])
+    def test_a_comma_in_a_quoted_number_is_refused(self, cell: str, tmp_path: Path) -> None:
+        text = "a,y\n" + "".join(f"{f'{chr(34)}{cell}{chr(34)}' if k == 7 else k},{k % 2}\n" for k in range(30))
+        message = refused(source=csv(tmp_path / "t.csv", text), target="y")
+        assert f"column 'a' must be numbers, row 7 holds '{cell}'; write numbers with a decimal point" in message
+
+    def test_a_header_that_was_taken_for_data_is_told_of(self, tmp_path: Path) -> None:
+        text = "2019,2020,2021\n" + "".join(f"{k}.5,{-k},{k % 2}\n" for k in range(30))
+        message = refused(source=csv(tmp_path / "t.csv", text), target="label")
+        assert "no column 'label'; there are 0, 1, 2; its first line was taken for data" in message
+
+    def test_columns_in_small_units_count_and_constant_ones_do_not(self, tmp_path: Path) -> None:
+        """Charges in coulomb, also beside a large offset; a constant with the rounding of its text stays one."""
+        rng = np.random.default_rng(0)
+        small, y = 1e-19 * rng.normal(size=60), np.arange(60) % 2
+        rows = [
+            f"{a!r},{5e-7 + b!r},0.1,{k}" for a, b, k in zip(small.tolist(), (small * 1e9).tolist(), y, strict=True)
+        ]
+        data = load(source=csv(tmp_path / "t.csv", "charge,mass,same,y\n" + "\n".join(rows)), target="y")
+        assert np.asarray(data.train.x).std(0) == pytest.approx([1, 1, 0], abs=1e-6)
+
     def test_quotes_blank_lines_and_byte_order_mark(self, tmp_path: Path) -> None:
         body = "".join(f'"{"x, y" if k % 2 else "z"}",{k}.5,{k % 2}\n' for k in range(20))
         (tmp_path / "t.csv").write_bytes("\ufeff\nname,a,y\n\n".encode() + body.encode() + b"\n\n")

@@ -39,6 +39,7 @@ class TestNewRows:
             (lambda f: f.assign(kind="violet"), ["column 'kind' holds 'violet' in row 0", "blue, green, red"]),
             (lambda f: f.assign(a=np.nan), ["column 'a'", "missing"]),
             (lambda f: f.assign(a="many"), ["column 'a' must be numbers", "'many'"]),
+            (lambda f: f.assign(a=-1e300), ["holds 1e+300", "at most 1e+18"]),
         ],
     )
     def test_rows_that_do_not_fit_are_named(self, change: Any, words: list[str], tmp_path: Path) -> None:
@@ -62,6 +63,12 @@ class TestNewRows:
             schema.encode(np.zeros((3, 64)))
         with pytest.raises(InputError, match="one array"):
             schema.encode({"x": np.zeros((3, 1, 8, 8))})
+
+    def test_ood_rows_that_overflow_are_refused(self, tmp_path: Path) -> None:
+        source = csv(tmp_path / "t.csv", table().to_csv(index=False))
+        other = csv(tmp_path / "far.csv", table().assign(a=1e200).drop(columns="y").to_csv(index=False))
+        with pytest.raises(InputError, match=r"data\.ood: .*far\.csv.* holds 1e\+200; numbers must be at most"):
+            load(source=source, target="y", ood=[other])
 
     def test_ood_rows_are_scaled_like_the_training_rows(self, tmp_path: Path) -> None:
         source = csv(tmp_path / "t.csv", table().to_csv(index=False))

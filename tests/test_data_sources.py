@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import polars
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
@@ -25,6 +26,20 @@ class TestOtherSources:
         second = load(source=csv(tmp_path / "t.csv", frame.to_csv(index=False)), target="y")
         assert first.digest == second.digest
         np.testing.assert_array_equal(first.train.x, second.train.x)
+
+    def test_views_of_text_are_text(self, tmp_path: Path) -> None:
+        """Also where only some rows are kept."""
+        whole = pa.Table.from_pandas(table(), preserve_index=False)
+        place = whole.schema.get_field_index("kind")
+        views = whole.set_column(place, "kind", whole["kind"].cast(pa.string_view()))
+        for name, content in (("plain", whole), ("views", views)):
+            pq.write_table(content, tmp_path / f"{name}.parquet")
+        assert pa.types.is_string_view(pq.read_schema(tmp_path / "views.parquet").field("kind").type)
+        for settings in ({}, {"train_rows": 10}):
+            plain, found = (
+                load(source=f"parquet:{tmp_path / name}.parquet", target="y", **settings) for name in ("plain", "views")
+            )
+            assert found.digest == plain.digest
 
     def test_parquet_files_of_a_folder_are_one_after_the_other(self, tmp_path: Path) -> None:
         frame = table()

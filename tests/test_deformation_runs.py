@@ -24,6 +24,7 @@ from pipeline.fitting.fit import SerialTeam, facts_path, fit
 from pipeline.fitting.job import FitJob, Told
 from pipeline.fitting.loading import load_learned
 from pipeline.fitting.reading import Directions
+from pipeline.fitting.term import Term
 from pipeline.posterior import Posterior
 from pipeline.progress import LogProgress
 from pipeline.run import Run
@@ -241,6 +242,21 @@ def test_a_fit_that_may_do_least_is_whole(iris: Run, tmp_path: Path, monkeypatch
     facts = run.storage.read_json(facts_path(0))
     assert facts["steps"] == 20 and [point["step"] for point in facts["curve"]] == [0, 4, 8, 12, 16, 20]
     assert torch.isfinite(load_learned(run, 0).draw(np.random.default_rng(0), 8)).all()
+
+
+def test_a_training_that_gives_no_numbers_is_left_out(
+    iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh draws without a finite potential, and so every loss: what is written is JSON, and the chain stays."""
+    run = moved(iris, tmp_path)
+    shutil.rmtree(Path(run.uri, "deformation"))
+    monkeypatch.setattr(Term, "rise", lambda self, position: torch.full((len(position),), torch.inf).double())
+    monkeypatch.setattr(Term, "pull", lambda self, base, correction, step: (correction.sum() * torch.nan, 1.0))
+    stage.deform(run, stage.train_in_process, LogProgress())
+    facts = summary(run)["starts"][0]
+    assert not facts["remainder"] and len(facts["curve"]) > 1
+    assert {point["rise_ratio"] for point in facts["curve"]} == {None} and facts["curve"][1]["loss"] is None
+    assert torch.isfinite(Posterior(run).draw(8)).all()
 
 
 def test_kind_none_does_nothing(iris_walks: Run, tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def test_walks_of_unfinished_shards_are_left_out_and_counted(run: str, tmp_path:
     store.storage.delete(BlockKey(0, 1).path)
     written = export(place, "npz", str(tmp_path / "x.npz"))
     assert (written.walks, written.unfinished) == (5, 4)
+    assert written.left_out == "Walks left out: 1 diverged, 4 not finished ('fiberwalk run' goes on).\n"
+    assert export(run, "npz", str(tmp_path / "whole.npz")).left_out == "Walks left out: 1 diverged.\n"
 
 
 @pytest.mark.parametrize(

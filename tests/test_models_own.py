@@ -88,6 +88,19 @@ class TestOwnNetworks:
                 "    return net\n",
                 ["c is complex"],
             ),
+            (
+                "def make():\n    net = nn.Linear(5, 3)\n    net.register_buffer('b', torch.zeros(2).cfloat())\n"
+                "    return net\n",
+                ["b is complex; parameters and buffers"],
+            ),
+            (
+                "def make():\n    return nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3))\n",
+                ["is spectral_norm", "remove_parametrizations"],
+            ),
+            (
+                "def make():\n    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 3)))\n",
+                ["0 is spectral_norm", "remove_spectral_norm"],
+            ),
             ("import absent_package\n", ["does not import", "ModuleNotFoundError"]),
             ("def make(:\n", ["does not import", "SyntaxError"]),
             (

@@ -44,6 +44,14 @@ def test_predict_takes_the_draws_that_the_table_judged(tmp_path):
         assert rmse == pytest.approx(scores[who]["rmse"]["value"], rel=1e-5)
 
 
+def test_predict_does_not_write_over_what_it_reads(tmp_path):
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    for prefix in ("", "file://"):
+        with pytest.raises(InputError, match="is the file that --data reads"):
+            predict(finished("curve").uri, f"csv:{tmp_path}/rows.csv", f"{prefix}{tmp_path}/rows.csv", trust_code=True)
+    assert (tmp_path / "rows.csv").read_text() == "a\n1\n"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [("new.csv", "must be sklearn:NAME, csv:URI.*got 'new.csv'"), ("npz:{}/none.npz", "has no rows")],

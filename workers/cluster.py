@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import ray
 
 from pipeline.config import Config
 from pipeline.errors import InputError
+from workers.address import check_address
 
 log = logging.getLogger("fiberwalk.ray")
-_CONNECT_SECONDS = 10
 _NICENESS = 5
 """Of embedded workers. Ray's own 15 starves them beside anything else that computes; its daemons still go first."""
 
@@ -107,16 +106,7 @@ def embedded_cpus(config: Config) -> int:
 
 
 def _join(address: str) -> None:
-    if address.startswith(("http://", "https://")):
-        raise InputError(f"cluster.address: {address} is a job server. Give HOST:6379 here, or use 'fiberwalk submit'.")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address != "auto":
-        if not host or not port.isdigit():
-            raise InputError(f"cluster.address must be HOST:PORT, ray://HOST:PORT or auto, got {address}")
-        try:  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
-            raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error}).") from error
+    check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:

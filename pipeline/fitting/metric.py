@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.metric import Autoencoder, Metric, metric_loss
 from pipeline.build import DTYPES, Problem
 from pipeline.fitting.job import FitJob, Refused, Team, agreed, is_held_out
@@ -111,7 +112,7 @@ def _train(
         torch.as_tensor(loss).backward()
         optimiser.step()
         if (step + 1) % max(1, steps // 5) == 0:
-            curve.append({"step": step + 1, "loss": float(torch.as_tensor(loss).detach())})
+            curve.append({"step": step + 1, "loss": finite_or_none(float(torch.as_tensor(loss).detach()))})
             tensors = {f"now.{name}": value for name, value in model.state_dict().items()}
             for index, values in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}

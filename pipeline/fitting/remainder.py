@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.fitting.chain import Fitted, Seen
@@ -86,7 +87,7 @@ def _train(
         torch.nn.utils.clip_grad_norm_(remainder.parameters(), 1.0)
         optimiser.step()
         if (step + 1) % every == 0:
-            told = {"weight": weight_after(run, curve), "loss": float(loss.detach())}
+            told = {"weight": weight_after(run, curve), "loss": finite_or_none(float(loss.detach()))}
             curve.append(judge(remainder, step + 1) | told)
             if curve[-1]["score"] <= min(point["score"] for point in curve):
                 best = {name: value.clone() for name, value in remainder.state_dict().items()}
@@ -114,7 +115,7 @@ def weight_after(run: Run, curve: list[dict[str, Any]]) -> float:
         return float(fixed)
     weight = WEIGHT
     for point in curve:
-        weight *= GROWTH if not point["rise_ratio"] <= MARGIN else FALL
+        weight *= GROWTH if point["rise_ratio"] is None or point["rise_ratio"] > MARGIN else FALL
         weight = min(weight, LARGEST_WEIGHT)
     return weight
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.bayes.bootstrap import finite_or_none
 from pipeline.bayes.deformation.remainder import Remainder
 from pipeline.bayes.deformation.residual import Residual
 from pipeline.build import Problem
@@ -22,6 +23,10 @@ MARGIN = 1.1
 """The likelihood term is silent while draws rise less than this many times the walks: a limit, not a goal."""
 SCORE_WEIGHT = 1.0
 """Weight of the same logarithm where trainings are compared: a point off the fiber is worth nothing."""
+
+
+WORST = 1e30
+"""Score of a training that gives no numbers: checkpoints and facts are JSON, which has no infinity."""
 
 
 class Term:
@@ -123,4 +128,9 @@ class Judge:
         error = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 0.0
         ratio = float(sums[2] / sums[3]) / self._term.walk_rise
         score = error + SCORE_WEIGHT * math.log(max(ratio, MARGIN) / MARGIN) if math.isfinite(ratio) else math.inf
-        return {"step": step, "heldout_error": error, "rise_ratio": ratio, "score": score}
+        return {
+            "step": step,
+            "heldout_error": finite_or_none(error),
+            "rise_ratio": finite_or_none(ratio),
+            "score": score if math.isfinite(score) else WORST,
+        }

@@ -38,6 +38,13 @@ class Exported:
     unfinished: int
     """Walks left out because blocks of theirs are missing."""
 
+    @property
+    def left_out(self) -> str:
+        """A line that says so; empty where no walk was."""
+        parts = [f"{self.diverged} diverged"] if self.diverged else []
+        parts += [f"{self.unfinished} not finished ('fiberwalk run' goes on)"] if self.unfinished else []
+        return f"Walks left out: {', '.join(parts)}.\n" if parts else ""
+
 
 class Writer(Protocol):
     """Takes points in any order, each once."""

@@ -51,6 +51,8 @@ def predict(run_uri: str, source: str, out_uri: str, *, draws_from: str = "walk"
     suffix = name.rpartition(".")[2].lower()
     if suffix not in ("csv", "parquet"):
         raise InputError(f"--out must end in .csv or .parquet, got '{out_uri}'.")
+    if out_uri.removeprefix("file://") == source.partition(":")[2].removeprefix("file://"):
+        raise InputError(f"--out {out_uri} is the file that --data reads; give another name.")
     if refuse_inside(out_uri, run_uri).protocol != "file":
         Storage.open(folder).check_writable()  # found out before the work, not after it
     run = load_run(run_uri, trust_code=trust_code)

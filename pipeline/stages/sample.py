@@ -44,17 +44,16 @@ def sample(run: Run, executor: Executor, progress: Progress) -> None:
     if not shards:
         return
     done = sum(_block_steps(plan, s, b) for s in plan.shards() for b in committed.get(s.index, ()))
-    halved, diverged, began, steps = 0, 0, time.monotonic(), 0
+    halved, began, steps = 0, time.monotonic(), 0
+    diverged: dict[int, int] = {}
     with progress.bar("Walks", plan.walks * plan.steps, done) as bar:
-        for _, report in executor.stream(run_shard, run, shards):
-            halved, diverged, steps = (
-                halved + report.halved,
-                diverged + report.diverged,
-                steps + report.walks * report.steps,
-            )
+        for shard, report in executor.stream(run_shard, run, shards):
+            halved, steps = halved + report.halved, steps + report.walks * report.steps
+            diverged[shard.index] = max(report.diverged, diverged.get(shard.index, 0))
             rate = steps / max(time.monotonic() - began, 1e-9)
             finished = (done + steps) / plan.steps
-            detail = f"{finished:.0f} of {plan.walks} walks, {rate:,.0f} steps/s, {halved} halved, {diverged} diverged"
+            lost = sum(diverged.values())
+            detail = f"{finished:.0f} of {plan.walks} walks, {rate:,.0f} steps/s, {halved} halved, {lost} diverged"
             bar.advance(report.walks * report.steps, detail)
 
 
