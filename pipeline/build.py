@@ -87,7 +87,14 @@ def build_network(config: Config, schema: DataSchema, start: int, dtype: torch.d
         x: Training inputs; given, the statistics of BatchNorm are set from them unless weights are loaded.
     """
     columns = likelihood_of(config, schema, None).columns
-    module = build_module(config.model, schema, columns, stream(config.seed, "init", start))
+    try:
+        module = build_module(config.model, schema, columns, stream(config.seed, "init", start))
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise InputError(
+            "model: this machine's memory does not hold the network. Use fewer or narrower layers"
+        ) from None
     if config.model.weights is not None:
         load_weights(module, config.model.weights)
     elif x is not None:

@@ -63,11 +63,13 @@ class Config(Section):
             raise ValueError(f"likelihood.noise_std is for regressions; leave it out with {likelihood_kind(self)}")
         if self.map.starts > self.walk.walks:
             raise ValueError(f"walk.walks must be at least map.starts = {self.map.starts}, got {self.walk.walks}")
-        least = 2 * self.map.starts if self.deformation.kind in ("residual", "gaussian") else 1
+        of_points = self.deformation.kind == "metric" and self.deformation.gaussian_share not in ("auto", 0)
+        least = 2 * self.map.starts if self.deformation.kind in ("residual", "gaussian") or of_points else 1
         if self.walk.walks < least:
             raise ValueError(
                 f"walk.walks must be at least {least}, two a start, with deformation.kind: "
-                f"{self.deformation.kind}, got {self.walk.walks}; or set deformation.kind: none"
+                f"{self.deformation.kind}{' and a deformation.gaussian_share' if of_points else ''}, got "
+                f"{self.walk.walks}; or set deformation.kind: none"
             )
         if self.map.starts > 1 and self.model.weights is not None:
             raise ValueError(f"map.starts must be 1 with model.weights (one network is given), got {self.map.starts}")

@@ -184,7 +184,8 @@ def _positive(value: Any, where: str) -> float:
     found = as_number(value)
     if found is None or not 0 < found <= _LARGEST_PRECISION:
         limits = f"above 0 and at most {_LARGEST_PRECISION:g}"
-        raise ValueError(f"{where}must be 'auto', a number {limits}, or regular expression -> number {limits}")
+        others = "" if where else f"'auto', regular expression -> number {limits}, or "
+        raise ValueError(f"{where}must be {others}a number {limits}")
     return float(found)
 
 

@@ -267,7 +267,7 @@ def _check_repeats(module: nn.Module, example: Any, first: Tensor, where: str, r
     if not _close(_call(module, example, where, rows), first):
         raise InputError(
             f"{where} gives other outputs when it is called again with the same rows, in eval mode too; take what is "
-            "random out of its forward (dropout as a layer is off in eval mode)"
+            "random out of its forward (dropout as a layer is off in eval mode), and what changes its input in place"
         )
     single = _call(module, map_arrays(lambda part: part[:1], example), where, "a single row")
     if single.shape != first[:1].shape or not _close(single, first[:1]):

@@ -94,6 +94,13 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
         (["model.architecture=own_bad_input:wide"], ["did you mean python:own_bad_input:wide?"]),
         (["model.weights=."], ["model.weights", "is a folder"]),
         (["data.source=python:own_bad_input:empty", "data.target=null"], ["holds no inputs", "an empty mapping"]),
+        (["model.hidden=[3000000,3000000]"], ["model: this machine's memory does not hold the network"]),
+        (["data.source=csv:http://127.0.0.1:9/x.csv"], ["127.0.0.1:9/x.csv", "or its server does not answer"]),
+        (["prior.precision={.*: auto}"], ["of '.*' must be a number above 0"]),
+        (
+            ["deformation.kind=metric", "deformation.gaussian_share=0.5", "walk.walks=1"],
+            ["walk.walks must be at least 2", "metric and a deformation.gaussian_share"],
+        ),
         (["cluster.address=127.0.0.1:9"], ["cluster.address: no Ray cluster answers at 127.0.0.1:9"]),
         (["cluster.address=http://127.0.0.1:9"], ["is a job server", "fiberwalk submit"]),
     ],

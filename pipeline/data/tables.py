@@ -54,11 +54,16 @@ def read_bytes(uri: str, setting: str) -> bytes:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{setting}: {uri}: no such file") from error
+        raise _absent(uri, setting) from error
     except IsADirectoryError as error:
         raise InputError(f"{setting}: {uri} is a folder; name a file in it") from error
     except Exception as error:
         raise InputError(f"{setting}: {uri} cannot be read: {cause(error)}") from error
+
+
+def _absent(uri: str, setting: str) -> InputError:
+    far = ", or its server does not answer" if "://" in uri and not uri.startswith("file:") else ""
+    return InputError(f"{setting}: {uri}: no such file{far}")
 
 
 @contextlib.contextmanager
@@ -70,7 +75,7 @@ def _parquet(uri: str, setting: str) -> Iterator[parquet.ParquetFile]:
             _check_names(opened.schema_arrow.names, f"{setting}: {uri}")
             yield opened
     except FileNotFoundError as error:
-        raise InputError(f"{setting}: {uri}: no such file") from error
+        raise _absent(uri, setting) from error
     except IsADirectoryError as error:
         raise InputError(f"{setting}: {uri} is a folder; name a file in it") from error
     except (pa.ArrowException, OSError) as error:
