@@ -180,11 +180,9 @@ def export(
     trust_code: TrustCode = False,
 ) -> None:
     """Write the sample store for downstream analysis, in constant memory."""
-    from pipeline.stages.export import export as write_export
+    from pipeline.stages.export import export as write
 
-    done = write_export(
-        run_uri, format, out_uri, radius=radius, thin=thin, parameters=parameters, trust_code=trust_code
-    )
+    done = write(run_uri, format, out_uri, radius=radius, thin=thin, parameters=parameters, trust_code=trust_code)
     sys.stderr.write(done.left_out)
     out.print(out_uri)
 
