@@ -9,10 +9,10 @@ from scipy.sparse.linalg import ArpackNoConvergence
 from torch import nn
 
 from pipeline.bayes import curvature as curvature_module
+from pipeline.bayes import minimise
 from pipeline.bayes import target as target_module
 from pipeline.bayes.curvature import measure, occam
 from pipeline.bayes.likelihood import Bernoulli, Categorical, Gaussian, Heteroscedastic
-from pipeline.bayes import minimise
 from pipeline.bayes.minimise import certify, first_order, quasi_newton
 from pipeline.bayes.params import Network, ParameterLayout
 from pipeline.bayes.target import Potential, prior_precision
