@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import DamagedBlock
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.seal import OPEN_SEAL, BrokenBlock, Sealing
 
@@ -177,6 +179,25 @@ def _momentum(momentum: np.ndarray, total: int, rows: slice) -> pa.Array:
     lengths = np.where(numbers >= 0, dim, 0)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
     return pa.LargeListArray.from_arrays(offsets, pa.array(kept.reshape(-1)), mask=pa.array(numbers < 0))
+
+
+@contextlib.contextmanager
+def reading(run_uri: str, path: str) -> Iterator[None]:
+    """Whatever is wrong with the bytes of a block becomes DamagedBlock; what disk, network or memory say stays.
+
+    A byte anywhere may have changed, so that the reader's own errors are of many kinds.
+    """
+    try:
+        yield
+    except (pa.ArrowMemoryError, FileNotFoundError):
+        raise
+    except (BrokenBlock, pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have none
+            raise
+        raise DamagedBlock(
+            f"{run_uri}/{path}: {' '.join(str(error).split())}. Run 'fiberwalk verify {run_uri} --repair', then run "
+            "again."
+        ) from None
 
 
 def read_stamp(metadata: Any) -> Stamp:

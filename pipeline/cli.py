@@ -44,7 +44,7 @@ def run(
     storage: StoragePlace = None,
     address: Annotated[str | None, typer.Option(metavar="ADDR", help="Ray cluster; default: an embedded one.")] = None,
     overrides: Overrides = None,
-    serial: Annotated[bool, typer.Option("--serial", help="One process, without Ray: the reference.")] = False,
+    serial: Annotated[bool, typer.Option("--serial", help="One process, without Ray; it fits as one worker.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of a live bar.")] = False,
 ) -> None:
     """Do all stages of a run; running it again does only what is missing."""
@@ -60,7 +60,7 @@ def run(
     refuse_what_does_not_fit(estimate_cost(job))
     check_weights(job)
     if job.config.cluster.address and not serial and not job.storage.exists("run.json"):
-        check_address(job.config.cluster.address)  # before anything is written
+        check_address(job.config.cluster.address)
     claim(job)
     out.print(job.uri)
     if finished(job):
@@ -234,6 +234,7 @@ def settings(as_json: AsJson = False) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 failed on the way, 2 wrong input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    logging.raiseExceptions = False  # no traceback for each line to a pipe that was closed
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         status = app(args=argv, standalone_mode=False, prog_name="fiberwalk")

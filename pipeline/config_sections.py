@@ -198,7 +198,7 @@ class DeformationConfig(Section):
     """Share of draws that a Gaussian of the walks' points gives, which then land as learned ones do; auto: validation
     rows of a classification decide, elsewhere 0. With kind: gaussian all, and none lands."""
     workers: Count = 2
-    """Ray Train workers. Enters the run id: the result depends on it."""
+    """Ray Train workers. Enters the run id: the result depends on it. With --serial one process fits as one worker."""
 
 
 class EvaluationConfig(Section):

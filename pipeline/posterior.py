@@ -24,6 +24,7 @@ Draws feed torch.func, in the layout of `posterior.layout`:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,7 +82,7 @@ class Posterior:
         self._problems: dict[int, Problem] = {}
 
     @classmethod
-    def load(cls, run_uri: str, *, trust_code: bool = False) -> Posterior:
+    def load(cls, run_uri: str | os.PathLike[str], *, trust_code: bool = False) -> Posterior:
         """Open the posterior of a run, from its address alone. Nothing stored is unpickled.
 
         Args:
@@ -91,6 +92,7 @@ class Posterior:
         Raises:
             InputError: No run there, it has no deformation yet, or it names Python code and `trust_code` is false.
         """
+        run_uri = os.fspath(run_uri)
         run = load_run(run_uri, trust_code=trust_code)
         if not run.storage.exists(f"{FOLDER}/deformation.json"):
             kind = run.config.deformation.kind
@@ -140,6 +142,8 @@ class Posterior:
         """
         if n < 1:
             raise InputError(f"The number of draws must be at least 1, got {n}.")
+        if batch is not None and batch < 1:
+            raise InputError(f"batch must be at least 1 draw, got {batch}.")
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}.")
         end = float(self.store.plan.radii()[-1])
@@ -204,7 +208,7 @@ class Posterior:
         inputs = to_tensors(schema.encode(x), problem.network.dtype, problem.network.device)
         if not row_count(inputs):
             raise InputError("x has no rows.")
-        for batch in self.draw_batches(draws or self.run.config.evaluation.draws, seed):
+        for batch in self.draw_batches(self.run.config.evaluation.draws if draws is None else draws, seed):
             for start in np.unique(batch.start).tolist():
                 mine = self.problem(start)
                 average.add(mine.network, batch.theta[torch.from_numpy(batch.start == start)], inputs, mine.likelihood)

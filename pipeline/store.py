@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +24,22 @@ from pipeline.blocks import (
     join_parts,
     misplaced,
     read_stamp,
+    reading,
     to_numpy,
     write_block,
 )
-from pipeline.errors import DamagedBlock, InputError
+from pipeline.errors import InputError
 from pipeline.plan import BlockKey, WalkPlan
-from pipeline.seal import BrokenBlock
+from pipeline.seal import BrokenBlock, check_seal
 from pipeline.storage import Entry, Storage
 
 __all__ = ["Points", "SampleBlock", "SampleStore", "parse_path"]
 _PATH = re.compile(r"walks/shard=(\d{5,})/block=(\d{5,})\.parquet")
 _BATCH_BYTES = 64 * 2**20
 _READERS = 8
+_WHOLE_BYTES = 2 * 2**20
+"""Blocks up to this size are checked as a whole whenever they are opened. Pages have checksums, but their headers and
+the footer have none of their own, and some damage there ends the process that reads it."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ class SampleStore:
         self._shards = len(plan.shards())
 
     @classmethod
-    def open(cls, run_uri: str | Storage) -> SampleStore:
+    def open(cls, run_uri: str | os.PathLike[str] | Storage) -> SampleStore:
         """Open the store of a run that has been planned. Raises InputError if there is none."""
-        storage = run_uri if isinstance(run_uri, Storage) else Storage.open(run_uri)
+        storage = run_uri if isinstance(run_uri, Storage) else Storage.open(os.fspath(run_uri))
         try:
             plan = WalkPlan.from_json(storage.read_json("plan.json"))
             run_id = str(storage.read_json("run.json", strict=False)["run_id"])
@@ -153,29 +158,27 @@ class SampleStore:
         return self.storage.create_from(block.key.path, write)
 
     def open_block(self, key: BlockKey) -> tuple[pq.ParquetFile, Stamp]:
-        """Open a block and check that it belongs here. Pages are checked as they are read.
+        """Open a block and check that it belongs here. Small ones are checked whole, pages of all as they are read.
 
         Raises:
             FileNotFoundError: It is not committed.
             RunError: It is broken, or belongs to another run, layout or schema.
         """
-        try:
-            source = self.storage.open_input(key.path)
+        source = self.storage.open_input(key.path)
+        with reading(self.storage.uri, key.path):
+            if source.seek(0, os.SEEK_END) <= _WHOLE_BYTES:
+                check_seal(source)
+            source.seek(0)
             file = pq.ParquetFile(source, page_checksum_verification=True)
             stamp = read_stamp(file.metadata)
             wrong = differences(stamp, self.plan, self.run_id)
             elsewhere = None if wrong else misplaced(file.metadata, self.plan, key)
-        except (pa.ArrowInvalid, BrokenBlock) as error:
-            raise self._broken(key, error) from None
-        if wrong or elsewhere:
-            raise self._broken(key, BrokenBlock(elsewhere or "; ".join(wrong)))
+            if wrong or elsewhere:
+                raise BrokenBlock(elsewhere or "; ".join(wrong))
+            names = file.schema_arrow.names
+            if not file.schema_arrow.equals(arrow_schema(self.plan, "momentum" in names)):
+                raise BrokenBlock("its columns, or their types, are not those of a block")
         return file, stamp
-
-    def _broken(self, key: BlockKey, error: Exception) -> DamagedBlock:
-        return DamagedBlock(
-            f"{self.storage.uri}/{key.path}: {' '.join(str(error).split())}. "
-            f"Run 'fiberwalk verify {self.storage.uri} --repair', then run again."
-        )
 
     def read_columns(self, key: BlockKey, columns: Sequence[str], rows: np.ndarray | None = None) -> dict[str, Any]:
         """Return columns of a block by name, of all its rows or of some in ascending order.
@@ -192,21 +195,19 @@ class SampleStore:
     ) -> Iterator[dict[str, Any]]:
         """The same a row group at a time, so that a block need not fit in memory."""
         file, _ = self.open_block(key)
-        columns = [name for name in columns if name != "momentum" or name in file.schema_arrow.names]
-        wanted = np.arange(file.metadata.num_rows) if rows is None else np.asarray(rows)
-        first = 0
-        try:
+        with reading(self.storage.uri, key.path), file:
+            columns = [name for name in columns if name != "momentum" or name in file.schema_arrow.names]
+            wanted = np.arange(file.metadata.num_rows) if rows is None else np.asarray(rows)
+            first = 0
             for group in range(file.metadata.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 inside = wanted[(wanted >= first) & (wanted < first + count)] - first
                 first += count
                 if len(inside):
                     table = file.read_row_group(group, columns=columns)
+                    if table.num_rows != count:  # a page may say less of itself than the footer does
+                        raise BrokenBlock(f"row group {group} gives {table.num_rows} of its {count} rows")
                     yield {name: to_numpy(table.column(name), inside, self.plan.dim) for name in columns}
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._broken(key, error) from None
-        finally:
-            file.close()
 
     def read_block(self, key: BlockKey, columns: Sequence[str] | None = None) -> SampleBlock:
         """Return a block; fields of columns that are not asked for stay empty."""

@@ -247,7 +247,7 @@ def test_a_fit_that_may_do_least_is_whole(iris: Run, tmp_path: Path, monkeypatch
 def test_a_training_that_gives_no_numbers_is_left_out(
     iris: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fresh draws without a finite potential, and so every loss: what is written is JSON, and the chain stays."""
+    """Fresh draws without a finite potential, and every loss: what is written is JSON, and the chain stays."""
     run = moved(iris, tmp_path)
     shutil.rmtree(Path(run.uri, "deformation"))
     monkeypatch.setattr(Term, "rise", lambda self, position: torch.full((len(position),), torch.inf).double())
@@ -282,6 +282,16 @@ def of_kind(run: Run, folder: Path, kind: str) -> Run:
     shutil.rmtree(f"{run.uri}/deformation", ignore_errors=True)
     deformation = run.config.deformation.model_copy(update={"kind": kind})
     return dataclasses.replace(run, config=run.config.model_copy(update={"deformation": deformation}))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_metric_kind_refuses_walks_that_never_moved(workers: int, iris_walks: Run, tmp_path: Path) -> None:
+    run = of_kind(iris_walks, tmp_path, kind="metric")
+    team = SerialTeam(run, FitJob(0, 2.0, ""))
+    still = [dataclasses.replace(rows, radius=np.full(len(rows.walk), 2.0)) for rows in team.rows()]
+    team.size, team.rows = workers, lambda: iter(still)  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"two recorded radii .* Use a smaller walk\.record_every \(it is 2\)"):
+        fit(run, FitJob(0, 2.0, ""), team)
 
 
 def test_what_does_not_fit_into_memory_is_refused_with_arithmetic(iris: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from pipeline.build import load_problem
 from pipeline.config import load_config
-from pipeline.errors import InputError
+from pipeline.errors import DamagedBlock, InputError
 from pipeline.plan import BlockKey
 from pipeline.run import load_run
 from pipeline.stages.export import export
+from pipeline.stages.export_read import read, select
 from pipeline.storage import Storage
 from pipeline.store import SampleStore
 from tests.known_store import DIM, EXPECTED, WALKS, make_store
@@ -247,3 +248,36 @@ def test_two_gigabytes_are_exported_within_500_megabytes(tmp_path: Path, name: s
     command = [sys.executable, "-c", code, place, kind, str(tmp_path / name)]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert peak * 1024 < 500e6
+
+
+def test_a_changed_byte_anywhere_is_told_of_or_changes_nothing(tmp_path: Path) -> None:
+    """Headers of pages and the footer have no checksums of their own; readers meet them with errors of many kinds."""
+    store, key = make_store(str(tmp_path / "run")), BlockKey(0, 1)
+    path = Path(store.storage.uri, key.path)
+    whole, damaged = path.read_bytes(), 0
+
+    def exported() -> list[Any]:
+        found = SampleStore.open(store.storage.uri)
+        return [(p.chain, p.draw, p.theta, *p.stats.values()) for p in read(found, select(found, None, 1, None))]
+
+    def block() -> list[Any]:
+        found = SampleStore.open(store.storage.uri).read_block(key)
+        return [(found.walk, found.step, found.nll, found.theta, np.array(found.status))]
+
+    expected = {reader: reader() for reader in (exported, block)}
+    for place in range(0, len(whole), 9):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        for reader, right in expected.items():
+            try:
+                found = reader()
+            except DamagedBlock as error:
+                assert "fiberwalk verify" in str(error)
+                damaged += 1
+                continue
+            for mine, theirs in zip(found, right, strict=True):
+                for array, other in zip(mine, theirs, strict=True):
+                    assert array.dtype == other.dtype, place
+                    np.testing.assert_array_equal(array, other, err_msg=f"byte {place}")
+    assert damaged > len(whole) / 9

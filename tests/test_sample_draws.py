@@ -95,3 +95,14 @@ def test_a_state_dict_has_the_frozen_parameters_of_its_own_start(tmp_path: Path)
         assert not torch.equal(state["3.weight"], stored["3.weight"].float())
     with pytest.raises(InputError, match="differs between starts"):
         export(run.uri, "safetensors", str(tmp_path / "points.safetensors"))
+
+
+def test_counts_that_are_none_are_refused_and_paths_are_addresses() -> None:
+    posterior = Posterior.load(Path(finished("classes").uri))
+    assert torch.equal(posterior.draw(3), Posterior.load(finished("classes").uri).draw(3))
+    for batch in (0, -2):
+        with pytest.raises(InputError, match=f"batch must be at least 1 draw, got {batch}"):
+            next(posterior.draw_batches(5, batch=batch))
+    for draws in (0, -1):
+        with pytest.raises(InputError, match=f"number of draws must be at least 1, got {draws}"):
+            posterior.predict(np.zeros((1, 1, 8, 8)), draws=draws)

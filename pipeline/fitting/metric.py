@@ -85,8 +85,13 @@ def _train(
     run: Run, job: FitJob, team: Team, model: Autoencoder, points: Tensor, train: Tensor
 ) -> list[dict[str, Any]]:
     pairs = torch.nonzero(train[:, :-1] & train[:, 1:])
-    if not len(pairs) and team.size == 1:
-        raise Refused("deformation.kind: metric needs two recorded points of a walk. Use a smaller walk.record_every.")
+    count = torch.tensor([float(len(pairs))], dtype=torch.float64)
+    team.sum([count])
+    if not count:
+        raise Refused(
+            "deformation.kind: metric needs points of a walk at two recorded radii that follow each other, and no walk "
+            f"has them. Use a smaller walk.record_every (it is {run.config.walk.record_every}), or another kind."
+        )
     optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     first, curve = 0, []
     found = team.restore()

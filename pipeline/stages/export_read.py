@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.blocks import NUMBERS
-from pipeline.errors import InputError, RunError
+from pipeline.blocks import NUMBERS, reading
+from pipeline.errors import InputError
 from pipeline.plan import BlockKey, WalkPlan
+from pipeline.seal import BrokenBlock
 from pipeline.store import SampleStore
 
 BATCH_BYTES = 4 * 2**20
@@ -175,25 +175,24 @@ def read(store: SampleStore, selection: Selection) -> Iterator[Points]:
 def _block(store: SampleStore, key: BlockKey, chains: np.ndarray, draws: np.ndarray) -> Iterator[Points]:
     """Yield the chosen rows of one block; rows are ordered by record, then walk."""
     row_bytes = store.plan.dim * np.dtype(store.plan.dtype).itemsize
+    size, columns = max(1, BATCH_BYTES // row_bytes), [*STATS, "status", "theta"]
     file, _ = store.open_block(key)
+    first = 0
     with file:
-        first = 0
-        for batch in _batches(store, file, max(1, BATCH_BYTES // row_bytes), key):
-            rows = slice(first, first + len(batch))
-            first += len(batch)
-            chosen = np.flatnonzero((draws[rows] >= 0) & (chains[rows] >= 0))
+        batches = file.iter_batches(batch_size=size, columns=columns)
+        while True:
+            with reading(store.storage.uri, key.path):
+                batch = next(batches, None)
+                if batch is None and first != len(draws):  # batches end with the shortest column
+                    raise BrokenBlock(f"{first} of its {len(draws)} rows can be read")
+                if batch is None:
+                    return
+                rows = slice(first, first + len(batch))
+                first += len(batch)
+                chosen = np.flatnonzero((draws[rows] >= 0) & (chains[rows] >= 0))
+                points = _points(batch, chosen, chains[rows][chosen], draws[rows][chosen])
             if len(chosen):
-                yield _points(batch, chosen, chains[rows][chosen], draws[rows][chosen])
-
-
-def _batches(store: SampleStore, file: pq.ParquetFile, rows: int, key: BlockKey) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(batch_size=rows, columns=[*STATS, "status", "theta"])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RunError(
-            f"{store.storage.uri}/{key.path}: {' '.join(str(error).split())}. "
-            f"Run 'fiberwalk verify {store.storage.uri} --repair', then run and export again."
-        ) from error
+                yield points
 
 
 def _points(batch: pa.RecordBatch, chosen: np.ndarray, chain: np.ndarray, draw: np.ndarray) -> Points:
