@@ -116,13 +116,16 @@ def test_a_killed_worker_changes_nothing(walks: Run, disturbed: Run, tmp_path: P
 
 @pytest.mark.slow
 def test_a_broken_block_is_told_of_at_once_and_in_the_words_of_the_store(
-    ray_cluster: None, walks: Run, tmp_path: Path
+    ray_cluster: None, walks: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the second worker reads it: the first must not wait, and nobody tries again."""
     import workers.trainer
 
     run = moved(walks, tmp_path)
     damage(run.uri, BlockKey(1, 0))
+    with pytest.raises(RunError, match="shard=00001/block=00000.* corrupted"):
+        deform(run, workers.trainer.train, LogProgress())
+    monkeypatch.setattr("pipeline.store._WHOLE_BYTES", 0)  # of this process, which is the first to open a small block
     with pytest.raises(RunError, match=r"^The deformation of start 0 failed: .*shard=00001/block=00000") as caught:
         deform(run, workers.trainer.train, LogProgress())
     assert "fiberwalk verify" in str(caught.value) and "\n" not in str(caught.value)
