@@ -105,6 +105,11 @@ def arrow_schema(plan: WalkPlan, momentum: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
+def has_columns(schema: pa.Schema, plan: WalkPlan) -> bool:
+    """Whether the columns and types are those of a block."""
+    return schema.remove_metadata().equals(arrow_schema(plan, "momentum" in schema.names))
+
+
 def rows_per_group(plan: WalkPlan, momentum: bool = False) -> int:
     """Rows of a row group of about 16 MB; at least one."""
     row = plan.dim * np.dtype(plan.dtype).itemsize * (2 if momentum else 1)
@@ -183,15 +188,12 @@ def _momentum(momentum: np.ndarray, total: int, rows: slice) -> pa.Array:
 
 @contextlib.contextmanager
 def reading(run_uri: str, path: str) -> Iterator[None]:
-    """Whatever is wrong with the bytes of a block becomes DamagedBlock; what disk, network or memory say stays.
-
-    A byte anywhere may have changed, so that the reader's own errors are of many kinds.
-    """
+    """What Arrow finds wrong with the bytes of a block becomes DamagedBlock; what disk, network or memory say stays."""
     try:
         yield
     except (pa.ArrowMemoryError, FileNotFoundError):
         raise
-    except (BrokenBlock, pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (BrokenBlock, pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have none
             raise
         raise DamagedBlock(

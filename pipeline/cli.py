@@ -234,7 +234,6 @@ def settings(as_json: AsJson = False) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 failed on the way, 2 wrong input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
-    logging.raiseExceptions = False  # no traceback for each line to a pipe that was closed
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         status = app(args=argv, standalone_mode=False, prog_name="fiberwalk")

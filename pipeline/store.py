@@ -21,6 +21,7 @@ from pipeline.blocks import (
     Stamp,
     arrow_schema,
     differences,
+    has_columns,
     join_parts,
     misplaced,
     read_stamp,
@@ -175,8 +176,7 @@ class SampleStore:
             elsewhere = None if wrong else misplaced(file.metadata, self.plan, key)
             if wrong or elsewhere:
                 raise BrokenBlock(elsewhere or "; ".join(wrong))
-            names = file.schema_arrow.names
-            if not file.schema_arrow.equals(arrow_schema(self.plan, "momentum" in names)):
+            if not has_columns(file.schema_arrow, self.plan):
                 raise BrokenBlock("its columns, or their types, are not those of a block")
         return file, stamp
 

@@ -76,6 +76,7 @@ def shown_progress(console: Console, quiet: bool) -> Iterator[Shown]:
     logger.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.handleError = lambda record: None  # no traceback for each line to a pipe that was closed
     logger.addHandler(handler)
     logger.propagate = False
     try:

@@ -165,8 +165,8 @@ class DataSchema:
 def check_arrays(x: Inputs, where: str) -> None:
     """Refuse inputs that are no numbers, differ in rows, or are not finite. Raises InputError."""
     rows: int | None = None
-    if not any(True for _ in named_arrays(x)):
-        raise InputError(f"{where} holds no inputs: it is {'an empty mapping' if isinstance(x, dict) else 'empty'}")
+    if next(named_arrays(x), None) is None:
+        raise InputError(f"{where} holds no inputs: it is an empty {'mapping' if isinstance(x, dict) else 'tuple'}")
     for name, array in named_arrays(x):
         place = where if name == "x" else f"{where} {name}"
         if array.dtype.kind not in "fiub" or array.ndim < 1:

@@ -119,13 +119,12 @@ def gaussian_beside(model: Deformation, store: SampleStore, start: int, radius: 
     """What draws beside a learned model: the Gaussian of the walks' points, which lands where the model does."""
     if not isinstance(model, Residual):
         return gaussian_of(store, start, radius)
-    points = _points(store, start, model.chain.theta_star)
-    return Landed(Gaussian(radius, store.plan.dim, store.undiverged(start), points), model.landing)
+    return Landed(gaussian_of(store, start, radius, model.chain.theta_star), model.landing)
 
 
-def gaussian_of(store: SampleStore, start: int, radius: float) -> Gaussian:
-    """The Gaussian of the walks' points at a radius."""
-    return Gaussian(radius, store.plan.dim, store.undiverged(start), _points(store, start))
+def gaussian_of(store: SampleStore, start: int, radius: float, star: Tensor | None = None) -> Gaussian:
+    """The Gaussian of the walks' points at a radius; with theta* it draws at others too, see `_points`."""
+    return Gaussian(radius, store.plan.dim, store.undiverged(start), _points(store, start, star))
 
 
 def load_learned(run: Run, start: int) -> Deformation:

@@ -81,9 +81,8 @@ def _scale(team: Team, points: Tensor, there: Tensor) -> Tensor:
     return (sums[0] / sums[1].clamp_min(1)).sqrt().clamp_min(1e-12).to(points.dtype)
 
 
-def _train(
-    run: Run, job: FitJob, team: Team, model: Autoencoder, points: Tensor, train: Tensor
-) -> list[dict[str, Any]]:
+def _pairs(run: Run, team: Team, train: Tensor) -> Tensor:
+    """Walk and radius of this worker's points that have a next one, (pairs, 2); raises where no worker has any."""
     pairs = torch.nonzero(train[:, :-1] & train[:, 1:])
     count = torch.tensor([float(len(pairs))], dtype=torch.float64)
     team.sum([count])
@@ -92,6 +91,13 @@ def _train(
             "deformation.kind: metric needs points of a walk at two recorded radii that follow each other, and no walk "
             f"has them. Use a smaller walk.record_every (it is {run.config.walk.record_every}), or another kind."
         )
+    return pairs
+
+
+def _train(
+    run: Run, job: FitJob, team: Team, model: Autoencoder, points: Tensor, train: Tensor
+) -> list[dict[str, Any]]:
+    pairs = _pairs(run, team, train)
     optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     first, curve = 0, []
     found = team.restore()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.blocks import SMALL, STATUSES, arrow_schema, differences, read_stamp
+from pipeline.blocks import SMALL, STATUSES, differences, has_columns, read_stamp
 from pipeline.plan import BlockKey, WalkPlan
 from pipeline.seal import BrokenBlock, check_seal
 from pipeline.storage import Storage
@@ -55,8 +55,7 @@ def _contents(store: SampleStore, key: BlockKey, file: Any) -> Iterator[Wrong]:
     if wrong:
         yield "wrong", "; ".join(wrong)
         return
-    momentum = "momentum" in parquet.schema_arrow.names
-    if not parquet.schema_arrow.remove_metadata().equals(arrow_schema(store.plan, momentum)):
+    if not has_columns(parquet.schema_arrow, store.plan):
         yield "wrong", "its columns are not those of a block"
         return
     yield from _check_rows(store.plan, key, parquet.read(columns=SMALL))
