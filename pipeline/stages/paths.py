@@ -81,8 +81,8 @@ def read_paths(store: SampleStore) -> Paths:
         raise RunError(f"{store.storage.uri} has no committed block. Run the sample stage first.")
     if diverged.all():
         raise RunError(
-            f"All {plan.walks} walks diverged at length {plan.length:.4g} in {plan.steps} steps, so there is nothing to "
-            f"choose from. Use a smaller walk.length or more walk.steps{'' if plan.guard else ', or walk.guard: true'}."
+            f"All {plan.walks} walks diverged at length {plan.length:.4g} in {plan.steps} steps, so there is nothing "
+            f"to choose from. Use a smaller walk.length or more walk.steps{'' if plan.guard else ', or walk.guard: true'}."
         )
     return Paths(start, diverged, halved, **columns)
 
