@@ -80,9 +80,10 @@ def read_paths(store: SampleStore) -> Paths:
     if not seen:
         raise RunError(f"{store.storage.uri} has no committed block. Run the sample stage first.")
     if diverged.all():
+        other = "" if plan.guard else ", or walk.guard: true"
         raise RunError(
             f"All {plan.walks} walks diverged at length {plan.length:.4g} in {plan.steps} steps, so there is nothing "
-            f"to choose from. Use a smaller walk.length or more walk.steps{'' if plan.guard else ', or walk.guard: true'}."
+            f"to choose from. Use a smaller walk.length or more walk.steps{other}."
         )
     return Paths(start, diverged, halved, **columns)
 
